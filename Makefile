@@ -1,0 +1,99 @@
+# Every target sets itself up: a virtual environment in .venv, torch, Triton (on Linux), the package.
+#
+# torch: where an NVIDIA GPU is present and $(PYTHON) has a CUDA torch, that torch and its Triton are used and nothing
+# is installed over them; elsewhere pip installs $(TORCH_SPEC). On Linux the default package index answers that with a
+# CUDA build of several gigabytes. For the small one, point pip at PyTorch's index of CPU wheels:
+#     make test TORCH_SPEC='torch==2.13.0+cpu' PIP_ARGS='--extra-index-url <that index>'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+TRITON_SPEC ?= triton==3.6.0
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+CONSTRAINTS := $(VENV)/constraints.txt
+
+# Lets the source tree run where pip could not install it (see setup-environment).
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help demo test bench lint format clean setup setup-pip setup-environment constraints
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+demo: setup  ## train on MNIST digits with plain PyTorch and with tiedfused; a table and demo.png (DEMO_ARGS)
+	$(PY) examples/demo.py $(DEMO_ARGS)
+
+# Two processes, because Triton decides when it is imported whether it compiles or interprets its kernels.
+test: setup  ## all tests and doctests; the gpu ones too where there is a GPU (PYTEST_ARGS)
+	@status=0; \
+	$(PY) -m pytest --ignore=tests/interpreter $(PYTEST_ARGS) || status=1; \
+	if $(PY) -c 'import triton' 2>/dev/null; then \
+	  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter $(PYTEST_ARGS) || status=1; \
+	else echo 'tests/interpreter not run: no Triton here'; fi; \
+	exit $$status
+
+bench: setup  ## microbenchmarks: tiled against eager and torch.compile, one table (BENCH_ARGS)
+	$(PY) bench/table.py $(BENCH_ARGS)
+
+lint: $(DEV_STAMP)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(DEV_STAMP)  ## rewrite the sources as ruff would have them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up -------------------------------------------------------------------------------------------------------
+
+setup: $(STAMP)
+
+HAS_GPU_TORCH = $(shell nvidia-smi >/dev/null 2>&1 && $(PYTHON) -c 'import torch; assert torch.version.cuda' \
+	2>/dev/null && echo yes)
+
+$(STAMP): pyproject.toml setup.py
+	@$(MAKE) --no-print-directory $(if $(HAS_GPU_TORCH),setup-environment,setup-pip)
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+setup-pip:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_ARGS) '$(TORCH_SPEC)'
+	@# A CUDA build of torch brings the Triton it was built with; a CPU build brings none.
+	[ "$$(uname)" != Linux ] || $(PY) -c 'import triton' 2>/dev/null || $(PIP) install $(PIP_ARGS) '$(TRITON_SPEC)'
+	@$(MAKE) --no-print-directory constraints
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[test,demo]'
+
+# Without a pip of its own the new environment uses $(PYTHON)'s pip and setuptools, which match its packages. The .pth
+# line serves a $(PYTHON) that is itself a virtual environment, which --system-site-packages looks past.
+# GPU machines are often cut off from any package index. Then what pytest finds in the environment has to do, and if
+# not even a build is possible there, the PYTHONPATH above lets everything run from the source tree.
+setup-environment:
+	$(PYTHON) -m venv --system-site-packages --without-pip $(VENV)
+	@$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	  > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment-torch.pth"
+	@$(MAKE) --no-print-directory constraints
+	$(PIP) install $(PIP_ARGS) --retries 1 -c $(CONSTRAINTS) -e '.[test,demo]' || \
+	  $(PIP) install --no-build-isolation --no-deps -e . || \
+	  echo 'pip cannot install here: running from the source tree, with the packages of $(PYTHON)'
+
+# Whatever pip installs later, torch and Triton stay what they are.
+constraints:
+	@$(PY) -c 'from importlib.metadata import distributions as ds; \
+	print(*sorted({f"{d.name}=={d.version}" for d in ds() if d.name in ("torch", "triton")}), sep="\n")' > $(CONSTRAINTS)

@@ -1,0 +1,63 @@
+"""Which tests can run here, and the fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tiedfused import activations, functional, planning
+
+
+# The problems are small: a second thread makes them slower, and on a busy machine 15 times slower. Reproducibility is
+# per number of threads, so one is as good as two.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what the hardware cannot run, with the reason."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """No plan made before the test, or by it, is seen outside it."""
+
+    def clear() -> None:
+        functional._plans.clear()
+        planning.make_plan.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture(params=["onednn", "blas"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> str:
+    """CPU tiles of 16 × 16, so that small problems have many, of both product libraries; returns the library."""
+    if request.param == "onednn":
+        if (why := planning.onednn_missing()) is not None:
+            pytest.skip(why)
+        monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 0)
+    else:
+        monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 1 << 62)
+    monkeypatch.setattr(planning, "CPU_TILE", 16)
+    return request.param
+
+
+@pytest.fixture
+def custom_activation() -> Iterator[str]:
+    """The name of an activation that a user registered: PyTorch functions only."""
+    activations.register_activation("sine", torch.sin, torch.cos)
+    yield "sine"
+    del activations._TABLE["sine"]

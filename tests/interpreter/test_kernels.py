@@ -1,0 +1,288 @@
+"""Each Triton launcher against the definition in float64, on Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 set before triton is imported", allow_module_level=True)
+
+from tiedfused.activations import activation_names, get_activation
+from tiedfused.backends.triton.forward import forward
+from tiedfused.backends.triton.input_grad import input_grad
+from tiedfused.backends.triton.weight_grad import weight_grad
+from tiedfused.tiles import Tile
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINKED = ("relu", "leaky_relu", "selu")
+TILE = Tile(block_n=16, block_h=32, num_warps=4, num_stages=2)
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of one layer and of its gradient: x, grad_pre [N, d], weight [H, d], biases [H] and [d] or None."""
+
+    grad_pre: Tensor
+    x: Tensor
+    weight: Tensor
+    bias_enc: Tensor | None
+    bias_dec: Tensor | None
+    activation: str = "gelu"
+    output_activation: str = "identity"
+
+
+def make_case(
+    rows: int,
+    d: int,
+    latents: int,
+    dtype: torch.dtype,
+    *,
+    activation: str = "gelu",
+    output_activation: str = "identity",
+    bias_enc: bool = True,
+    bias_dec: bool = True,
+) -> Case:
+    generator = torch.Generator().manual_seed(rows * 7919 + d * 104729 + latents)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def grid(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).float()
+
+    if activation in KINKED:
+        # pre-activations are odd multiples of 1/8, exact in every dtype: none lies near the kink
+        x, weight, bias = grid(-3, 3, rows, d) / 2, grid(-2, 2, latents, d) / 2, grid(-2, 2, latents) / 4 + 0.125
+    else:
+        x, weight, bias = normal(rows, d), normal(latents, d) / d**0.5, normal(latents)
+    return Case(
+        grad_pre=normal(rows, d).to(dtype),
+        x=x.to(dtype),
+        weight=weight.to(dtype),
+        bias_enc=bias.to(dtype) if bias_enc else None,
+        bias_dec=normal(d).to(dtype) if bias_dec else None,
+        activation=activation,
+        output_activation=output_activation,
+    )
+
+
+def definition(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every result of the layer, by the formulas, in `dtype`."""
+
+    def cast(tensor: Tensor | None) -> Tensor:
+        return torch.zeros((), dtype=dtype) if tensor is None else tensor.to(dtype)
+
+    x, weight, grad_pre = cast(case.x), cast(case.weight), cast(case.grad_pre)
+    a = (x @ weight.T + cast(case.bias_enc)).requires_grad_()
+    h = get_activation(case.activation).forward(a)
+    y = get_activation(case.output_activation).forward(h @ weight + cast(case.bias_dec))
+    (grad_a,) = torch.autograd.grad(h, a, grad_pre @ weight.T)
+    results = {
+        "y": y,
+        "grad_weight": grad_a.T @ x + h.T @ grad_pre,
+        "grad_bias_enc": grad_a.sum(0),
+        "grad_x": grad_a @ weight,
+    }
+    return {name: result.detach() for name, result in results.items()}
+
+
+def launch(case: Case, *, tile: Tile = TILE, split: int = 1, precision: str = "ieee") -> dict[str, Tensor]:
+    """The same results from the kernels; `_atomic` marks the one-pass form."""
+    options: dict[str, Any] = {
+        "activation": get_activation(case.activation),
+        "tile": tile,
+        "split": split,
+        "precision": precision,
+    }
+    gradient_inputs = (case.grad_pre, case.x, case.weight, case.bias_enc)
+    y = forward(
+        case.x,
+        case.weight,
+        case.bias_enc,
+        case.bias_dec,
+        output_activation=get_activation(case.output_activation),
+        **options,
+    )
+    grad_weight, grad_bias_enc = weight_grad(*gradient_inputs, **options)
+    grad_x = input_grad(*gradient_inputs, **options)
+    grad_x_atomic = torch.zeros(case.x.shape)
+    grad_weight_atomic, grad_bias_enc_atomic = weight_grad(*gradient_inputs, grad_x=grad_x_atomic, **options)
+    return {
+        "y": y,
+        "grad_weight": grad_weight,
+        "grad_bias_enc": grad_bias_enc,
+        "grad_x": grad_x,
+        "grad_weight_atomic": grad_weight_atomic,
+        "grad_bias_enc_atomic": grad_bias_enc_atomic,
+        "grad_x_atomic": grad_x_atomic,
+    }
+
+
+def assert_close(case: Case, results: dict[str, Tensor]) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus one unit of rounding."""
+    truth = definition(case, torch.float64)
+    eager = definition(case, case.x.dtype)
+    floor = torch.finfo(case.x.dtype).eps
+    for name, result in results.items():
+        reference = truth[name.removesuffix("_atomic")]
+        plain = eager[name.removesuffix("_atomic")]
+        assert result.shape == reference.shape, name
+        assert torch.isfinite(result).all(), name
+        for order in (2.0, float("inf")):
+            scale = torch.linalg.vector_norm(reference, order)
+            error = torch.linalg.vector_norm(result - reference, order)
+            allowed = 2 * torch.linalg.vector_norm(plain - reference, order) + floor * scale
+            assert error <= allowed, f"{name}: norm {order}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "d", "latents"),
+    [(1, 1, 1), (33, 17, 100), (1, 100, 33), (100, 33, 1), (17, 100, 65), (48, 64, 96), (31, 130, 33)],
+)
+def test_results(rows: int, d: int, latents: int, dtype: torch.dtype) -> None:
+    case = make_case(rows, d, latents, dtype)
+    results = launch(case)
+    assert results["y"].dtype == results["grad_weight"].dtype == results["grad_x"].dtype == dtype
+    assert results["grad_bias_enc"].dtype == torch.float32
+    assert_close(case, results)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("activation", activation_names())
+def test_activation(activation: str, dtype: torch.dtype) -> None:
+    case = make_case(33, 20, 50, dtype, activation=activation)
+    assert_close(case, launch(case))
+
+
+@pytest.mark.parametrize("split", (1, 3))
+@pytest.mark.parametrize("output_activation", activation_names())
+def test_output_activation(output_activation: str, split: int) -> None:
+    case = make_case(17, 20, 70, torch.float32, output_activation=output_activation)
+    assert_close(case, launch(case, split=split))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", (2, 5, 9))
+def test_split(split: int, dtype: torch.dtype) -> None:
+    """Parts of unequal size, and more parts than there are tiles."""
+    case = make_case(70, 33, 150, dtype, output_activation="sigmoid")
+    assert_close(case, launch(case, split=split))
+
+
+@pytest.mark.parametrize("split", (1, 2))
+@pytest.mark.parametrize(("bias_enc", "bias_dec"), [(False, False), (True, False), (False, True)])
+def test_without_bias(bias_enc: bool, bias_dec: bool, split: int) -> None:
+    case = make_case(33, 17, 40, torch.bfloat16, bias_enc=bias_enc, bias_dec=bias_dec)
+    assert_close(case, launch(case, split=split))
+
+
+def test_fp32_bias_with_bf16_weight() -> None:
+    case = make_case(33, 17, 40, torch.bfloat16)
+    assert case.bias_enc is not None and case.bias_dec is not None
+    case.bias_enc, case.bias_dec = case.bias_enc.float() + 1e-3, case.bias_dec.float() + 1e-3
+    assert_close(case, launch(case))
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [Tile(16, 16, 4, 1), Tile(32, 16, 4, 2), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2)],
+    ids=lambda tile: f"{tile.block_n}x{tile.block_h}",
+)
+def test_tile(tile: Tile) -> None:
+    case = make_case(50, 40, 90, torch.float16, activation="sigmoid")
+    assert_close(case, launch(case, tile=tile))
+
+
+def test_row_stride() -> None:
+    case = make_case(33, 17, 40, torch.float32)
+    wide_x, wide_grad_pre, wide_weight = torch.full((33, 40), 7.0), torch.full((33, 23), 7.0), torch.full((40, 19), 7.0)
+    wide_x[:, 5:22], wide_grad_pre[:, 3:20], wide_weight[:, 1:18] = case.x, case.grad_pre, case.weight
+    case.x, case.grad_pre, case.weight = wide_x[:, 5:22], wide_grad_pre[:, 3:20], wide_weight[:, 1:18]
+    assert_close(case, launch(case))
+
+
+def test_expanded_rows() -> None:
+    """The gradient of ``y.sum(0) @ v`` is one row for all rows of the batch."""
+    case = make_case(33, 17, 40, torch.float32)
+    case.grad_pre = case.grad_pre[:1].expand(33, 17)
+    assert case.grad_pre.stride(0) == 0
+    assert_close(case, launch(case))
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    rows, d, stride = 140, 16, 2**24 - 16
+    assert (rows - 1) * stride > 2**31
+    case = make_case(rows, d, 20, torch.float16)
+    size = (rows - 1) * stride + d
+    sparse_file = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
+    far_apart = sparse_file.as_strided((rows, d), (stride, 1))
+    far_apart.copy_(case.x)
+    case.x = far_apart
+    assert_close(case, launch(case))
+
+
+@pytest.mark.parametrize("activation", ("sigmoid", "softplus"))
+@pytest.mark.parametrize(("rows", "latents"), [(1, 1), (17, 33), (15, 31)])
+def test_masked_lanes_of_activations_not_zero_at_zero(rows: int, latents: int, activation: str) -> None:
+    case = make_case(rows, 17, latents, torch.float32, activation=activation)
+    assert_close(case, launch(case))
+
+
+def test_masked_latents_do_not_leak_nan() -> None:
+    """An infinite input times the zero rows beyond the last latent is NaN; every true latent here is 0."""
+    case = make_case(1, 1, 17, torch.float32, activation="relu", bias_dec=False)
+    case.x, case.weight = torch.full((1, 1), float("inf")), -torch.ones(17, 1)
+    results = launch(case)
+    for name in ("y", "grad_bias_enc", "grad_x", "grad_x_atomic"):
+        assert (results[name] == 0).all(), name
+
+
+def test_masked_rows_do_not_leak_nan() -> None:
+    """An infinite bias meets the zero rows beyond the last one: f there is inf, and inf times 0 is NaN."""
+    case = make_case(3, 16, 8, torch.float32, activation="relu")
+    case.grad_pre = case.grad_pre.abs()
+    assert case.bias_enc is not None
+    case.bias_enc = torch.full_like(case.bias_enc, float("inf"))
+    assert (launch(case)["grad_weight"] == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_grad_decoder_term(dtype: torch.dtype) -> None:
+    """With x = 0 only hᵀ ō is left of the weight's gradient."""
+    case = make_case(33, 17, 40, dtype, activation="sigmoid")
+    case.x = torch.zeros_like(case.x)
+    results = launch(case)
+    assert_close(case, results)
+    assert results["grad_weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_grad_encoder_term(dtype: torch.dtype) -> None:
+    """With one row for all of x and b_enc = −W x the latent is exactly 0: only āᵀ x is left."""
+    case = make_case(33, 17, 40, dtype, activation="selu")
+    case.activation = "identity"
+    case.x = case.x[:1].expand(33, 17)
+    case.bias_enc = -(case.weight.float() @ case.x[0].float())
+    assert (definition(case, torch.float64)["y"] == definition(case, torch.float64)["y"][0]).all()
+    results = launch(case)
+    assert_close(case, results)
+    grad_a = case.grad_pre.double() @ case.weight.double().T
+    encoder_term = grad_a.T @ case.x.double()
+    torch.testing.assert_close(definition(case, torch.float64)["grad_weight"], encoder_term)
+
+
+def test_repeats_bitwise() -> None:
+    case = make_case(70, 33, 150, torch.float32)
+    first = launch(case, split=3)
+    again = launch(case, split=3)
+    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -1,0 +1,122 @@
+"""Bad input gets one clear line that names the argument, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiedfused
+from tiedfused import settings
+from tiedfused.functional import tied_encode_decode
+
+X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.randn(3, 7), W), {}, ValueError, r"x: expected shape \[..., 8\], as weight is \[16, 8\], got \[3, 7\]"),
+        ((torch.tensor(1.0), W), {}, ValueError, r"x: expected shape \[..., 8\], .*got \[\]"),
+        ((X, torch.randn(2, 16, 8)), {}, ValueError, r"weight: expected shape \[H, d\].*got \[2, 16, 8\]"),
+        ((X, torch.randn(8)), {}, ValueError, r"weight: expected shape \[H, d\].*got \[8\]"),
+        ((X, torch.randn(0, 8)), {}, ValueError, r"weight: .*at least 1, got \[0, 8\]"),
+        ((torch.randn(3, 0), torch.randn(16, 0)), {}, ValueError, r"weight: .*at least 1, got \[16, 0\]"),
+        ((X, W, C), {}, ValueError, r"bias_enc: expected shape \[16\], as weight is \[16, 8\], got \[8\]"),
+        ((X, W, B, B), {}, ValueError, r"bias_dec: expected shape \[8\], as weight is \[16, 8\], got \[16\]"),
+        ((X, W, B[:, None]), {}, ValueError, r"bias_enc: expected shape \[16\].*got \[16, 1\]"),
+        ((X, W.double()), {}, TypeError, r"weight: expected float32, as x, got float64"),
+        ((X, W, B.half()), {}, TypeError, r"bias_enc: expected float32, as x, got float16"),
+        ((X, W, B, C.bfloat16()), {}, TypeError, r"bias_dec: expected float32, as x, got bfloat16"),
+        ((X.long(), W), {}, TypeError, r"x: expected a floating-point tensor .*got int64"),
+        ((X, W.to(torch.complex64)), {}, TypeError, r"weight: expected a floating-point tensor .*got complex64"),
+        ((X, W.to(torch.float8_e4m3fn)), {}, TypeError, r"weight: expected a floating-point tensor .*got float8_e4m3fn"),
+        (([1.0], W), {}, TypeError, r"x: expected a tensor, got list"),
+        ((X, None), {}, TypeError, r"weight: expected a tensor, got NoneType"),
+        ((X, W, 1.0), {}, TypeError, r"bias_enc: expected a tensor, got float"),
+        ((X.to("meta"), W), {}, ValueError, r"weight: expected on meta, as x, got cpu"),
+        ((X, W.to("meta")), {}, ValueError, r"weight: expected on cpu, as x, got meta"),
+        ((X, W, B.to("meta")), {}, ValueError, r"bias_enc: expected on cpu, as x, got meta"),
+        ((X, W), {"activation": "rleu"}, ValueError, r"activation: unknown activation 'rleu'; .*identity, relu, leaky"),
+        ((X, W), {"output_activation": "x"}, ValueError, r"output_activation: unknown activation 'x'; expected one of"),
+        ((X, W), {"activation": torch.relu}, TypeError, r"activation: expected the name of an activation, got builtin"),
+        ((X, W), {"activation": ["relu"]}, TypeError, r"activation: expected the name of an activation, got list"),
+        ((X, W), {"recompute": "yes"}, TypeError, r"recompute: expected None, True or False, got 'yes'"),
+    ],
+)
+def test_call(arguments, options, error, message) -> None:
+    with pytest.raises(error, match=message) as caught:
+        tied_encode_decode(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    tied_encode_decode(X, W, B, C)  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"in_features": 0}, ValueError, r"in_features: expected an integer of at least 1, got 0"),
+        ({"out_features": -1}, ValueError, r"out_features: .*got -1"),
+        ({"out_features": 2.5}, ValueError, r"out_features: .*got 2.5"),
+        ({"activation": "no"}, ValueError, r"activation: unknown activation 'no'"),
+        ({"output_activation": "no"}, ValueError, r"output_activation: unknown activation 'no'"),
+        ({"bias_mode": "both"}, ValueError, r"bias_mode: expected one of none, independent, pre, latent, got 'both'"),
+        ({"bias": True, "bias_mode": "none"}, ValueError, r"bias_mode: expected independent.*got 'none'"),
+        ({"dtype": torch.int8}, TypeError, r"dtype: expected a floating-point dtype, got torch.int8"),
+        ({"dtype": torch.complex64}, TypeError, r"dtype: expected a floating-point dtype, got torch.complex64"),
+    ],
+)
+def test_module(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        tiedfused.TiedLinear(**{"in_features": 8, "out_features": 16, **options})
+
+
+def test_module_shape_error_names_what_was_expected() -> None:
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\], as weight is \[16, 8\], got \[3, 16\]"):
+        tiedfused.TiedLinear(8, 16)(torch.randn(3, 16))
+
+
+def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:
+    with pytest.raises(TypeError):
+        tied_encode_decode(X.bfloat16(), W)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tied_encode_decode(X.bfloat16(), W).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TIEDFUSED_BACKEND", "cuda", "got 'cuda'; expected auto, triton or tiled"),
+        ("TIEDFUSED_RECOMPUTE", "maybe", "got 'maybe'; expected auto, 0, 1"),
+        ("TIEDFUSED_WORKSPACE_MIB", "lots", "got 'lots'; expected a number of MiB"),
+        ("TIEDFUSED_WORKSPACE_MIB", "-1", "got -1; expected 0 or more"),
+        ("TIEDFUSED_WORKSPACE_MIB", "inf", "got 'inf'; expected a number of MiB"),
+        ("TIEDFUSED_ATOMICS", "2", "got '2'; expected 0, 1"),
+    ],
+)
+def test_environment(variable: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{variable}: {message}"):
+        settings.Settings.from_environment({variable: value})
+
+
+def test_environment_is_read() -> None:
+    found = settings.Settings.from_environment(
+        {"TIEDFUSED_BACKEND": "Tiled", "TIEDFUSED_RECOMPUTE": "1", "TIEDFUSED_WORKSPACE_MIB": "1.5"}
+    )
+    assert found == settings.Settings("tiled", True, 3 * settings.MIB // 2, False)
+    assert settings.Settings.from_environment({}) == settings.Settings()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((-1, 8, 8), "n: got -1; expected"), ((1, 0, 8), "d: got 0; expected"), ((1, 8, 0.5), "h: got 0.5; expected")],
+)
+def test_plan(sizes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiedfused.plan(*sizes)
+
+
+def test_registering_a_taken_name_or_no_function() -> None:
+    with pytest.raises(ValueError, match="'relu' is already registered"):
+        tiedfused.register_activation("relu", torch.relu, torch.sign)
+    with pytest.raises(TypeError, match="derivative: expected a function of a tensor, got int"):
+        tiedfused.register_activation("half_relu", torch.relu, 1)
+    assert "half_relu" not in tiedfused.activation_names()

@@ -1,0 +1,207 @@
+"""Every backend against the reference: y and each gradient, over dtypes, activations, sizes and layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import NAMES, Problem, assert_close, assert_layer_matches, outputs, problem
+
+import tiedfused
+from tiedfused import reference
+from tiedfused.functional import tied_encode_decode
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BUILT_IN = tiedfused.activation_names()
+# (N, d, H): one of everything, odd sizes, more tiles than one in each direction
+SIZES = [(1, 1, 1), (1, 33, 1), (3, 1, 50), (17, 7, 17), (40, 33, 100), (65, 20, 48)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def layer(**options):
+    return lambda *operands: tied_encode_decode(*operands, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("n, d, h", SIZES)
+def test_tiles(small_tiles: str, n: int, d: int, h: int, recompute: bool, dtype: torch.dtype) -> None:
+    assert_layer_matches(layer(recompute=recompute), problem(n, d, h, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("activation", BUILT_IN)
+def test_activations(small_tiles: str, activation: str, recompute: bool, dtype: torch.dtype) -> None:
+    p = problem(40, 12, 37, dtype, activation=activation)
+    assert_layer_matches(layer(activation=activation, recompute=recompute), p, activation=activation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output_activation", BUILT_IN)
+def test_output_activations(output_activation: str, dtype: torch.dtype, device: str) -> None:
+    p = problem(20, 12, 30, dtype, device)
+    options = {"activation": "silu", "output_activation": output_activation}
+    assert_layer_matches(layer(**options), p, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", [None, True, False])
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases(biases: bool, recompute: bool | None, device: str) -> None:
+    assert_layer_matches(
+        layer(activation="tanh", recompute=recompute),
+        problem(30, 24, 40, device=device, biases=biases),
+        activation="tanh",
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 200, 256, 384, 512, 768])
+def test_large(d: int, dtype: torch.dtype) -> None:
+    assert_layer_matches(layer(), problem(3000, d, 5000, dtype, "cuda", activation="none"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", BUILT_IN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activations_on_gpu(activation: str, dtype: torch.dtype) -> None:
+    p = problem(300, 100, 517, dtype, "cuda", activation=activation)
+    assert_layer_matches(layer(activation=activation), p, activation=activation)
+
+
+@pytest.mark.gpu
+def test_offsets_past_31_bits() -> None:
+    n, d, h = 2**31 // 64 + 100, 64, 16
+    x = torch.randn(n, d, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(h, d, dtype=torch.bfloat16, device="cuda") / 8
+    last = x[-100:]
+    torch.testing.assert_close(tied_encode_decode(x, weight)[-100:], tied_encode_decode(last, weight))
+
+
+def _strided(p: Problem, layout: str) -> Problem:
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        if layout == "transposed":
+            return t.detach().t().contiguous().t().requires_grad_()
+        wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype, device=t.device)
+        step = {"row stride": 1, "column stride": 2}[layout]
+        view = wide[:, : step * t.shape[1] : step]
+        return view.copy_(t.detach()).requires_grad_()
+
+    return Problem(spread(p.x), spread(p.weight), p.bias_enc, p.bias_dec, spread(p.grad_y).detach())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(small_tiles: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    assert_layer_matches(layer(), _strided(problem(40, 33, 50, dtype, device), layout))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_expanded_gradients(small_tiles: str, recompute: bool, device: str) -> None:
+    p = problem(40, 33, 50, device=device)
+    scalar = torch.tensor(0.7, device=device)
+    for grad_y in (scalar.expand(40, 33), p.grad_y[:1].expand(40, 33), p.grad_y[:, :1].expand(40, 33)):
+        p.grad_y = grad_y
+        assert_layer_matches(layer(recompute=recompute), p)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_expanded_rows(device: str) -> None:
+    p = problem(1, 24, 40, device=device)
+    x = p.x.detach().expand(9, 24)
+    torch.testing.assert_close(tied_encode_decode(x, p.weight), tied_encode_decode(p.x, p.weight).expand(9, 24))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+@pytest.mark.parametrize("recompute", [None, True, False])
+def test_no_rows(shape: tuple[int, ...], recompute: bool | None, device: str) -> None:
+    p = problem(0, 8, 12, device=device)
+    x = torch.empty(shape, device=device, requires_grad=True)
+    y = tied_encode_decode(x, *p.operands[1:], output_activation="sigmoid", recompute=recompute)
+    assert y.shape == shape
+    grads = torch.autograd.grad(y.sum(), (x, *p.operands[1:]))
+    assert grads[0].shape == shape
+    for grad, operand in zip(grads[1:], p.operands[1:], strict=True):
+        assert operand is not None
+        assert torch.equal(grad, torch.zeros_like(operand))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (2, 1, 3, 8)])
+def test_leading_dimensions(shape: tuple[int, ...], device: str) -> None:
+    p = problem(1, 8, 12, device=device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    y = tied_encode_decode(x, *p.operands[1:])
+    expected = reference.tied_encode_decode(x, *p.operands[1:])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("term", ["encoder", "decoder"])
+def test_terms_of_the_weight_gradient(small_tiles: str, term: str, recompute: bool, device: str) -> None:
+    # W̄ = āᵀx + hᵀō: with a linear f, encoding with W and decoding with a copy tells which term is which
+    p = problem(40, 20, 50, torch.float64, device, activation="none")
+    encoder, decoder = p.weight.detach().clone(), p.weight.detach().clone()
+    (encoder if term == "encoder" else decoder).requires_grad_()
+    h = torch.tanh(torch.nn.functional.linear(p.x.detach(), encoder, p.bias_enc))
+    (expected,) = torch.autograd.grad(h @ decoder, encoder if term == "encoder" else decoder, p.grad_y)
+
+    # x = 0 leaves hᵀō; ō Wᵀ = 0 leaves hᵀō too, so āᵀx is had as the difference to it
+    full = outputs(layer(activation="tanh", recompute=recompute), p)["grad_weight"]
+    h = reference.encode(p.x, p.weight, p.bias_enc, activation="tanh")
+    decoder_term = h.t() @ p.grad_y
+    actual = decoder_term if term == "decoder" else full - decoder_term
+    assert_close(actual, expected, expected, torch.float64, term)
+
+    silent = Problem(torch.zeros_like(p.x).requires_grad_(), p.weight, p.bias_enc, p.bias_dec, p.grad_y)
+    alone = outputs(layer(activation="tanh", recompute=recompute), silent)["grad_weight"]
+    expected = reference.encode(silent.x, p.weight, p.bias_enc, activation="tanh").t() @ p.grad_y
+    assert_close(alone, expected, expected, torch.float64, "decoder term alone")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("needed", range(1, 16))
+def test_only_the_gradients_that_are_needed(small_tiles: str, needed: int, recompute: bool, device: str) -> None:
+    p = problem(20, 12, 30, device=device)
+    for bit, t in enumerate(p.operands):
+        assert t is not None
+        t.requires_grad_(bool(needed >> bit & 1))
+    tied_encode_decode(*p.operands, output_activation="sigmoid", recompute=recompute).backward(p.grad_y)
+    grads = [t.grad for t in p.operands if t is not None]
+    expected = reference.gradients(p.grad_y, *p.operands, output_activation="sigmoid")
+    for bit, (name, grad) in enumerate(zip(NAMES[1:], grads, strict=True)):
+        assert (grad is not None) == bool(needed >> bit & 1), name
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[bit], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_reproducible(small_tiles: str, recompute: bool, dtype: torch.dtype, device: str) -> None:
+    p = problem(100, 33, 70, dtype, device)
+    first = outputs(layer(recompute=recompute), p)
+    for _ in range(30):
+        again = outputs(layer(recompute=recompute), p)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_every_output_element_is_written(
+    small_tiles: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(make):
+        return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
+
+    p = problem(40, 33, 50)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    assert all(torch.isfinite(t).all() for t in outputs(layer(recompute=recompute), p).values())

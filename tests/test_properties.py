@@ -1,0 +1,80 @@
+"""Properties that hold for any problem: agreement with the reference, linearity, indifference to the atoms' order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import Problem, assert_layer_matches, outputs, problem
+
+import tiedfused
+from tiedfused import reference
+from tiedfused.functional import tied_encode_decode
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given  # noqa: E402
+from hypothesis import settings as hypothesis_settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+BUILT_IN = tiedfused.activation_names()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KINKED = ("relu", "leaky_relu", "selu")
+
+
+def layer(**options):
+    return lambda *operands: tied_encode_decode(*operands, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 40),
+    d=st.integers(1, 40),
+    h=st.integers(1, 60),
+    activation=st.sampled_from(BUILT_IN),
+    output_activation=st.sampled_from(BUILT_IN),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    recompute=st.sampled_from([None, True, False]),
+    biases=st.booleans(),
+)
+def test_any_problem(
+    small_tiles: str,
+    device: str,
+    n: int,
+    d: int,
+    h: int,
+    activation: str,
+    output_activation: str,
+    dtype: torch.dtype,
+    recompute: bool | None,
+    biases: bool,
+) -> None:
+    hypothesis.assume(biases or activation not in KINKED)  # only biases can keep off the kink
+    p = problem(n, d, h, dtype, device, biases=biases, activation=activation)
+    options = {"activation": activation, "output_activation": output_activation}
+    if output_activation in KINKED and n:
+        hypothesis.assume(reference.tied_encode_decode(*p.operands, activation=activation).abs().min() > 1e-4)
+    assert_layer_matches(layer(recompute=recompute, **options), p, **options)
+
+
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), scale=st.floats(-4, 4))
+def test_linear_layer_is_linear(small_tiles: str, seed: int, scale: float) -> None:
+    p = problem(20, 9, 25, torch.float64, biases=False, seed=seed)
+    linear = layer(activation="identity")
+    x1, x2 = p.x, p.x.flip(0)
+    left = linear(x1 + scale * x2, *p.operands[1:])
+    torch.testing.assert_close(left, linear(x1, *p.operands[1:]) + scale * linear(x2, *p.operands[1:]))
+
+
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000))
+def test_order_of_atoms_does_not_matter(small_tiles: str, seed: int) -> None:
+    p = problem(20, 9, 50, torch.float64, seed=seed)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(seed))
+    assert p.bias_enc is not None
+    shuffled = Problem(p.x, p.weight.detach()[order].requires_grad_(), p.bias_enc.detach()[order].requires_grad_(),
+                       p.bias_dec, p.grad_y)  # fmt: skip
+    one, other = outputs(layer(), p), outputs(layer(), shuffled)
+    torch.testing.assert_close(one["y"], other["y"])
+    torch.testing.assert_close(one["grad_weight"][order], other["grad_weight"])
+    torch.testing.assert_close(one["grad_x"], other["grad_x"])

@@ -1,0 +1,20 @@
+"""Settings in force."""
+
+from __future__ import annotations
+
+import pytest
+
+from tiedfused import settings
+
+
+def test_override_is_undone_after_an_error() -> None:
+    before = settings.current()
+    with pytest.raises(RuntimeError), settings.override(recompute=True, backend="tiled"):
+        assert settings.current().recompute is True
+        raise RuntimeError
+    assert settings.current() is before
+
+
+def test_override_refuses_what_the_environment_would() -> None:
+    with pytest.raises(ValueError, match="expected auto, triton or tiled"), settings.override(backend="cublas"):
+        pass

@@ -1,0 +1,136 @@
+"""`TiedLinear`: the drop-in module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiedfused
+from tiedfused import TiedLinear, reference
+
+X = torch.randn(6, 8)
+
+
+def test_positional_arguments_and_names() -> None:
+    layer = TiedLinear(8, 16, True)
+    assert list(layer.state_dict()) == ["weight", "bias_enc", "bias_dec"]
+    assert (layer.weight.shape, layer.bias_enc.shape, layer.bias_dec.shape) == ((16, 8), (16,), (8,))
+    assert list(TiedLinear(8, 16).state_dict()) == ["weight"]
+    assert TiedLinear(8, 16).bias_enc is None
+    torch.testing.assert_close(layer.forward_enc(X), X @ layer.weight.T + layer.bias_enc)
+    h = layer.forward_enc(X)
+    torch.testing.assert_close(layer.forward_dec(h), h @ layer.weight + layer.bias_dec)
+    torch.testing.assert_close(layer(X), layer.forward_dec(layer.forward_enc(X)))
+
+
+@pytest.mark.parametrize("bias_mode", ["none", "independent", "pre", "latent"])
+def test_bias_modes(bias_mode: str) -> None:
+    layer = TiedLinear(8, 16, activation="relu", output_activation="tanh", bias_mode=bias_mode, dtype=torch.float64)
+    for bias in (layer.bias_enc, layer.bias_dec):
+        if bias is not None:
+            nn.init.normal_(bias)
+    x, w = X.double(), layer.weight
+    b = layer.bias_enc if layer.bias_enc is not None else torch.zeros(16)
+    c = layer.bias_dec if layer.bias_dec is not None else torch.zeros(8)
+    expected = {
+        "none": lambda: torch.relu(x @ w.T) @ w,
+        "independent": lambda: torch.relu(x @ w.T + b) @ w + c,
+        "pre": lambda: torch.relu((x - c) @ w.T + b) @ w + c,
+        "latent": lambda: (torch.relu(x @ w.T + b) - b) @ w,
+    }[bias_mode]().tanh()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.decode(layer.encode(x)), expected)
+    grads = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), list(layer.parameters())))
+    encoder, decoder = layer.to_linear_pair()
+    torch.testing.assert_close(decoder(encoder(x).relu()).tanh(), expected)
+
+
+def test_linear_bias_cancels_in_latent_mode() -> None:
+    layer = TiedLinear(8, 16, bias_mode="latent")
+    nn.init.normal_(layer.bias_enc)
+    torch.testing.assert_close(layer(X), X @ layer.weight.T @ layer.weight)
+
+
+@pytest.mark.parametrize("shape", [(512, 64), (64, 512), (256, 256)])
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "tanh"])
+def test_default_initialisation_starts_near_the_input_or_a_projection(shape: tuple[int, int], activation: str) -> None:
+    d, h = shape
+    layer = TiedLinear(d, h, activation=activation)
+    x = torch.randn(2000, d)
+    with torch.no_grad():
+        y = layer(x)
+    # the component of y along x: 1 if all of x comes back, h / d if only h of d dimensions can
+    gain = (x * y).sum() / x.square().sum()
+    expected = min(1.0, h / d)
+    assert expected / 2 < gain < 2 * expected
+
+
+def test_small_initialisation() -> None:
+    layer = TiedLinear(300, 400, bias=True)
+    nn.init.ones_(layer.bias_enc)
+    layer.reset_parameters("small")
+    assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not layer.bias_enc.any()
+    with pytest.raises(ValueError, match="init: expected isometric or small, got 'seed'"):
+        layer.reset_parameters("seed")
+
+
+def test_repr_is_one_line_of_what_matters() -> None:
+    assert repr(TiedLinear(8, 16)) == "TiedLinear(in_features=8, out_features=16, bias_mode='none')"
+    assert repr(TiedLinear(8, 16, True, activation="relu", output_activation="sigmoid")) == (
+        "TiedLinear(in_features=8, out_features=16, bias_mode='independent', activation='relu', "
+        "output_activation='sigmoid')"
+    )
+
+
+def test_from_linear_pair_and_back() -> None:
+    encoder, decoder = nn.Linear(8, 16), nn.Linear(16, 8)
+    with pytest.raises(ValueError, match=r"decoder: expected the transpose .* \[16, 8\]"):
+        TiedLinear.from_linear(encoder, decoder)
+    with torch.no_grad():
+        decoder.weight.copy_(encoder.weight.T)
+    layer = TiedLinear.from_linear(encoder, decoder, activation="relu")
+    torch.testing.assert_close(layer(X), decoder(torch.relu(encoder(X))))
+    assert layer.weight.data_ptr() != encoder.weight.data_ptr()
+    for found, expected in zip(layer.to_linear_pair(), (encoder, decoder), strict=True):
+        torch.testing.assert_close(found.weight, expected.weight)
+        torch.testing.assert_close(found.bias, expected.bias)
+
+
+def test_from_linear_without_biases_or_decoder() -> None:
+    encoder = nn.Linear(8, 16, bias=False, dtype=torch.float64)
+    layer = TiedLinear.from_linear(encoder)
+    assert (layer.bias_mode, layer.weight.dtype) == ("none", torch.float64)
+    assert layer.to_linear_pair()[1].bias is None
+    with_bias = TiedLinear.from_linear(nn.Linear(8, 16))
+    assert not with_bias.bias_dec.any()
+
+
+def test_device_and_dtype() -> None:
+    layer = TiedLinear(8, 16, True, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_state_dict_of_one_loads_into_another() -> None:
+    one, other = TiedLinear(8, 16, True), TiedLinear(8, 16, True)
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(one(X), other(X))
+
+
+def test_registered_activation_serves(custom_activation: str) -> None:
+    layer = TiedLinear(8, 16, True, activation=custom_activation, output_activation=custom_activation, dtype=torch.float64)
+    x = X.double().requires_grad_()
+    expected = reference.tied_encode_decode(
+        x,
+        layer.weight,
+        layer.bias_enc,
+        layer.bias_dec,
+        activation=custom_activation,
+        output_activation=custom_activation,
+    )
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+    assert custom_activation in tiedfused.activation_names()

@@ -1,0 +1,22 @@
+"""tiedfused: the tied encode-decode layer, y = g(f(x Wᵀ + b_enc) W + b_dec), fused."""
+
+from tiedfused import functional, nn, reference, settings
+from tiedfused.activations import activation_names, register_activation
+from tiedfused.backends import backends
+from tiedfused.nn import TiedLinear
+from tiedfused.planning import Plan, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "TiedLinear",
+    "activation_names",
+    "backends",
+    "functional",
+    "nn",
+    "plan",
+    "reference",
+    "register_activation",
+    "settings",
+]

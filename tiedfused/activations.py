@@ -1,0 +1,368 @@
+"""The activations f (latent) and g (output): one table, one home for each.
+
+An entry is a PyTorch function, its gradient, and optionally the pair of Triton functions that computes the same
+inside the kernels. To add one, add an entry here (or call `register_activation` from your own code): nothing else
+in the package names an activation.
+
+Every gradient is a product, ``grad ⊙ f′``, and reads one saved tensor: f's output where f′ can be had from it
+without loss (relu, leaky_relu, sigmoid, tanh), else f's input. elu, selu and softplus could be inverted as well, but
+``y + 1`` near −1 and ``1 − e^{−y}`` near 0 cancel in bf16, so they read the input, as eager PyTorch does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    _jit: Any = triton.jit
+except ImportError:  # macOS, Windows: the table keeps its PyTorch half
+    HAS_TRITON = False
+
+    def _jit(fn: Any) -> None:
+        return None
+
+
+aten = torch.ops.aten
+
+ELU_ALPHA = 1.0
+LEAKY_SLOPE = 0.01
+SELU_ALPHA = 1.6732632423543772848170429916717
+SELU_SCALE = 1.0507009873554804934193349852946
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activation:
+    """One activation.
+
+    Args:
+        name: what users pass as ``activation=`` or ``output_activation=``.
+        forward: f, elementwise, differentiable PyTorch; same shape and dtype out as in.
+        backward: ``(grad, saved) -> grad ⊙ f′``, differentiable PyTorch, so that double backward works. ``saved`` is
+            f's output if `from_output`, else f's input.
+        from_output: which tensor `backward` reads.
+        triton: ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` on fp32 tiles, or
+            None: then the Triton kernels cannot serve this activation and the tiled PyTorch backend does.
+        onednn: the name and scalars of the same function as a oneDNN epilogue, or None.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool
+    triton: tuple[Any, Any] | None = None
+    onednn: tuple[str, tuple[float, ...], str] | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self is IDENTITY
+
+
+# ---- the Triton pairs: f(a) and f′(a, h), fp32 in and out --------------------------------------------------------
+
+
+@_jit
+def _identity(a):
+    return a
+
+
+@_jit
+def _identity_d(a, h):
+    return tl.full(a.shape, 1.0, tl.float32)
+
+
+@_jit
+def _relu(a):
+    # `where` and not `maximum`: a NaN pre-activation stays a NaN, as in PyTorch
+    return tl.where(a < 0.0, 0.0, a)
+
+
+@_jit
+def _relu_d(a, h):
+    return tl.where(a > 0.0, 1.0, 0.0)
+
+
+@_jit
+def _leaky_relu(a):
+    return tl.where(a > 0.0, a, 0.01 * a)
+
+
+@_jit
+def _leaky_relu_d(a, h):
+    return tl.where(a > 0.0, 1.0, 0.01)
+
+
+@_jit
+def _expm1(a):
+    # Kahan: exp(a) − 1 with full relative precision near 0; the first branch also covers exp(a) = inf
+    w = tl.exp(a)
+    near = (w > 0.5) & (w < 2.0)
+    ratio = a / tl.log(tl.where(near & (w != 1.0), w, 0.75))
+    return tl.where(near, tl.where(w == 1.0, a, (w - 1.0) * ratio), w - 1.0)
+
+
+@_jit
+def _log1p(u):
+    w = 1.0 + u
+    ratio = u / tl.where(w == 1.0, 1.0, w - 1.0)
+    return tl.where(w == 1.0, u, tl.log(w) * ratio)
+
+
+@_jit
+def _elu(a):
+    return tl.where(a > 0.0, a, _expm1(tl.minimum(a, 0.0)))
+
+
+@_jit
+def _elu_d(a, h):
+    return tl.where(a > 0.0, 1.0, tl.exp(tl.minimum(a, 0.0)))
+
+
+@_jit
+def _selu(a):
+    return 1.0507009873554805 * tl.where(a > 0.0, a, 1.6732632423543772 * _expm1(tl.minimum(a, 0.0)))
+
+
+@_jit
+def _selu_d(a, h):
+    return 1.0507009873554805 * tl.where(a > 0.0, 1.0, 1.6732632423543772 * tl.exp(tl.minimum(a, 0.0)))
+
+
+@_jit
+def _sigmoid(a):
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@_jit
+def _sigmoid_d(a, h):
+    return h * (1.0 - h)
+
+
+@_jit
+def _tanh(a):
+    t = _expm1(-2.0 * tl.abs(a))
+    r = -t / (t + 2.0)
+    return tl.where(a < 0.0, -r, r)
+
+
+@_jit
+def _tanh_d(a, h):
+    return 1.0 - h * h
+
+
+@_jit
+def _gelu(a):
+    return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
+
+
+@_jit
+def _gelu_d(a, h):
+    cdf = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+    return cdf + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
+
+
+@_jit
+def _gelu_tanh(a):
+    return 0.5 * a * (1.0 + _tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
+
+
+@_jit
+def _gelu_tanh_d(a, h):
+    t = _tanh(0.7978845608028654 * (a + 0.044715 * a * a * a))
+    return 0.5 * (1.0 + t) + 0.5 * a * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * a * a)
+
+
+@_jit
+def _silu(a):
+    return a / (1.0 + tl.exp(-a))
+
+
+@_jit
+def _silu_d(a, h):
+    s = 1.0 / (1.0 + tl.exp(-a))
+    return s * (1.0 + a * (1.0 - s))
+
+
+@_jit
+def _softplus(a):
+    # above 20 PyTorch returns its input
+    return tl.where(a > 20.0, a, tl.maximum(a, 0.0) + _log1p(tl.exp(-tl.abs(a))))
+
+
+@_jit
+def _softplus_d(a, h):
+    return tl.where(a > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-a)))
+
+
+def _silu_backward(grad: Tensor, a: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, a)
+    s = torch.sigmoid(a)  # the one ATen gradient here that has no derivative of its own
+    return grad * (s * (1 + a * (1 - s)))
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+IDENTITY = Activation(
+    "identity",
+    forward=lambda a: a,
+    backward=lambda grad, y: grad,
+    from_output=True,
+    triton=(_identity, _identity_d),
+    onednn=("none", (), ""),
+)
+
+_TABLE: dict[str, Activation] = {
+    a.name: a
+    for a in (
+        IDENTITY,
+        Activation(
+            "relu",
+            forward=torch.relu,
+            backward=lambda grad, y: aten.threshold_backward(grad, y, 0),
+            from_output=True,
+            triton=(_relu, _relu_d),
+            onednn=("relu", (), ""),
+        ),
+        Activation(
+            "leaky_relu",
+            forward=lambda a: F.leaky_relu(a, LEAKY_SLOPE),
+            backward=lambda grad, y: aten.leaky_relu_backward(grad, y, LEAKY_SLOPE, True),
+            from_output=True,
+            triton=(_leaky_relu, _leaky_relu_d),
+            onednn=("leaky_relu", (LEAKY_SLOPE,), ""),
+        ),
+        Activation(
+            "elu",
+            forward=lambda a: F.elu(a, ELU_ALPHA),
+            backward=lambda grad, a: aten.elu_backward(grad, ELU_ALPHA, 1, 1, False, a),
+            from_output=False,
+            triton=(_elu, _elu_d),
+        ),
+        Activation(
+            "selu",
+            forward=F.selu,
+            backward=lambda grad, a: aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1, False, a),
+            from_output=False,
+            triton=(_selu, _selu_d),
+        ),
+        Activation(
+            "gelu",
+            forward=F.gelu,
+            backward=lambda grad, a: aten.gelu_backward(grad, a),
+            from_output=False,
+            triton=(_gelu, _gelu_d),
+        ),
+        Activation(
+            "gelu_tanh",
+            forward=lambda a: F.gelu(a, approximate="tanh"),
+            backward=lambda grad, a: aten.gelu_backward(grad, a, approximate="tanh"),
+            from_output=False,
+            triton=(_gelu_tanh, _gelu_tanh_d),
+        ),
+        Activation(
+            "silu",
+            forward=F.silu,
+            backward=_silu_backward,
+            from_output=False,
+            triton=(_silu, _silu_d),
+        ),
+        Activation(
+            "softplus",
+            forward=F.softplus,
+            backward=lambda grad, a: aten.softplus_backward(grad, a, 1, 20),
+            from_output=False,
+            triton=(_softplus, _softplus_d),
+        ),
+        Activation(
+            "sigmoid",
+            forward=torch.sigmoid,
+            backward=lambda grad, y: aten.sigmoid_backward(grad, y),
+            from_output=True,
+            triton=(_sigmoid, _sigmoid_d),
+            onednn=("sigmoid", (), ""),
+        ),
+        Activation(
+            "tanh",
+            forward=torch.tanh,
+            backward=lambda grad, y: aten.tanh_backward(grad, y),
+            from_output=True,
+            triton=(_tanh, _tanh_d),
+            onednn=("tanh", (), ""),
+        ),
+    )
+}
+
+
+def activation_names() -> tuple[str, ...]:
+    """The names that ``activation=`` and ``output_activation=`` accept, in table order."""
+    return tuple(_TABLE)
+
+
+def get_activation(activation: str, argument: str = "activation") -> Activation:
+    """The table's entry of that name.
+
+    Args:
+        activation: a name in `activation_names`.
+        argument: how the caller's argument is called, for the message.
+
+    Raises:
+        ValueError: no such name; the message lists those there are.
+        TypeError: not a string.
+    """
+    if not isinstance(activation, str):
+        raise TypeError(f"{argument}: expected the name of an activation, got {type(activation).__name__}")
+    if activation not in _TABLE:
+        raise ValueError(f"{argument}: unknown activation {activation!r}; expected one of {', '.join(_TABLE)}")
+    return _TABLE[activation]
+
+
+def register_activation(
+    name: str,
+    forward: Callable[[Tensor], Tensor],
+    derivative: Callable[[Tensor], Tensor],
+    *,
+    from_output: bool = False,
+    triton: tuple[Any, Any] | None = None,
+) -> Activation:
+    """Add an activation of your own to the table.
+
+    Args:
+        name: a new name; it is then accepted wherever a built-in name is.
+        forward: f, elementwise differentiable PyTorch.
+        derivative: f′ as differentiable PyTorch, a function of f's input, or of f's output if `from_output`.
+        from_output: what `derivative` reads. From the output is cheaper: an encode-decode that keeps its latent then
+            saves that latent and nothing else.
+        triton: optionally ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` over
+            fp32 tiles. Without it the Triton kernels do not serve the activation and the tiled PyTorch backend does.
+
+    Returns:
+        The new entry.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: `forward` or `derivative` is not callable.
+
+    Example:
+        >>> import tiedfused
+        >>> _ = tiedfused.register_activation("squared_relu", lambda a: a.relu() ** 2, lambda a: 2 * a.relu())
+        >>> "squared_relu" in tiedfused.activation_names()
+        True
+    """
+    if name in _TABLE:
+        raise ValueError(f"name: activation {name!r} is already registered; choose another name")
+    for argument, value in (("forward", forward), ("derivative", derivative)):
+        if not callable(value):
+            raise TypeError(f"{argument}: expected a function of a tensor, got {type(value).__name__}")
+    entry = Activation(name, forward, lambda grad, saved: grad * derivative(saved), from_output, triton)
+    _TABLE[name] = entry
+    return entry

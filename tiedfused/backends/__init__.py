@@ -1,0 +1,46 @@
+"""The implementations behind the op, one a module, each with the same two functions.
+
+    forward(x, weight, bias_enc, bias_dec, plan) -> (y, latent | None)
+    backward(grad_z, x, weight, bias_enc, latent, plan, needs) -> (x̄ | None, W̄ | None, b̄_enc | None)
+
+x and grad_z are [N, d] with N ≥ 1 and a last stride of 1, weight [H, d] likewise; `plan` has already been checked
+against what the backend can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tiedfused import planning
+from tiedfused.activations import HAS_TRITON, IDENTITY
+from tiedfused.backends import tiled
+
+BACKENDS = {"tiled": tiled}
+if HAS_TRITON:
+    from tiedfused.backends import triton
+
+    BACKENDS["triton"] = triton
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendStatus:
+    """A backend, and why it is not usable here (None if it is)."""
+
+    name: str
+    why_not: str | None
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """Each backend and, if it is not usable on this machine, why not.
+
+    Example:
+        >>> import tiedfused
+        >>> [status.name for status in tiedfused.backends() if status.why_not is None][-1]
+        'tiled'
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    capability = planning.cuda_capability(None) if device == "cuda" else None
+    refusal = planning.why_not_triton(1, torch.float32, device, capability, IDENTITY, IDENTITY, keep_latent=False)
+    return BackendStatus("triton", refusal), BackendStatus("tiled", None)

@@ -1,0 +1,75 @@
+"""The stream-H Triton kernels as a backend: a plan's passes, each handed to its launcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedfused.backends.triton.forward import forward as _forward
+from tiedfused.backends.triton.input_grad import input_grad
+from tiedfused.backends.triton.weight_grad import weight_grad
+from tiedfused.planning import Plan
+
+# the kernels' offsets within a tile are 32 bits wide: 128 rows of 2²⁴ elements still fit
+_MAX_ROW_STRIDE = 1 << 24
+
+
+def _short_rows(t: Tensor) -> Tensor:
+    return t if t.stride(0) < _MAX_ROW_STRIDE else t.contiguous()
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+) -> tuple[Tensor, None]:
+    """y ``[N, d]``; the latent is never kept."""
+    (only,) = (p for p in plan.passes if p.kernel == "forward")
+    y = _forward(
+        _short_rows(x),
+        _short_rows(weight),
+        bias_enc,
+        bias_dec,
+        activation=plan.activation,
+        output_activation=plan.output_activation,
+        tile=only.tile,
+        split=only.split,
+        precision=plan.precision,
+    )
+    return y, None
+
+
+def backward(
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    latent: Tensor | None,
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, each None unless `needs` asks for it; `latent` is None."""
+    need_x, need_weight, need_bias = needs
+    operands = (_short_rows(grad_z), _short_rows(x), _short_rows(weight), bias_enc)
+    grad_x = grad_weight = grad_bias = None
+    for one in plan.passes[1:]:
+        options: dict[str, Any] = {
+            "activation": plan.activation,
+            "tile": one.tile,
+            "split": one.split,
+            "precision": plan.precision,
+        }
+        if one.kernel == "input_grad":
+            if need_x:
+                grad_x = input_grad(*operands, **options)
+        elif one.kernel == "weight_grad_atomic":
+            sum_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            grad_weight, grad_bias = weight_grad(*operands, grad_x=sum_x, **options)
+            grad_x = sum_x.to(x.dtype)
+        elif need_weight or need_bias:
+            grad_weight, grad_bias = weight_grad(*operands, **options)
+    return (
+        grad_x if need_x else None,
+        grad_weight if need_weight else None,
+        grad_bias.to(x.dtype) if need_bias else None,
+    )

@@ -1,0 +1,165 @@
+"""Gradients of the weight and the encoder bias, both terms in one accumulator: ``W̄ = āᵀ x + hᵀ ō``, ``b̄_enc = Σₙ ā``.
+
+A program keeps a tile of W and streams x and ō past it. Their rows are interleaved (x₀, ō₀, x₁, ō₁, …) in one tile
+[x; ō], so that each step is two products instead of four: ``W [x; ō]ᵀ`` holds a and h̄ side by side in the same thread,
+and ``[ā h] [x; ō]`` is the sum of both terms of W̄.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiedfused.activations import IDENTITY, Activation
+from tiedfused.backends.triton.combine import combine
+from tiedfused.tiles import Tile, block_d
+
+
+@triton.jit
+def weight_grad_kernel(
+    grad_pre_ptr,
+    x_ptr,
+    w_ptr,
+    bias_enc_ptr,
+    grad_w_ptr,
+    grad_bias_enc_ptr,
+    grad_x_ptr,
+    N,
+    H,
+    D,
+    stride_grad_pre,
+    stride_x,
+    stride_w,
+    ACTIVATION: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    h0 = tl.program_id(0) * BLOCK_H
+    part = tl.program_id(1)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_h = h0 + tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H
+    mask_d = tl.full([BLOCK_D], True, tl.int1) if EVEN_D else offs_d < D
+    mask_hd = mask_h[:, None] & mask_d[None, :]
+    latents = offs_h.to(tl.int64)[:, None]
+
+    w = tl.load(w_ptr + latents * stride_w + offs_d[None, :], mask=mask_hd, other=0.0)  # [BLOCK_H, BLOCK_D]
+    if bias_enc_ptr is not None:
+        bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+    grad_w = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    grad_bias_enc = tl.zeros([BLOCK_H], tl.float32)
+
+    pair = tl.arange(0, 2 * BLOCK_N)
+    pair_n = pair // 2
+    is_x = pair % 2 == 0
+    pair_ptr = tl.where(is_x, x_ptr, grad_pre_ptr)
+    pair_stride = tl.where(is_x, stride_x, stride_grad_pre).to(tl.int64)
+    part_size = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    for n0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, N), BLOCK_N):
+        mask_n = tl.full([BLOCK_N], True, tl.int1) if EVEN_N else offs_n < N - n0
+        mask_pair = tl.full([2 * BLOCK_N], True, tl.int1) if EVEN_N else pair_n < N - n0
+        mask_hn = mask_h[:, None] & mask_n[None, :]
+        x_grad_pre_ptrs = (pair_ptr + (n0 + pair_n) * pair_stride)[:, None] + offs_d[None, :]
+        x_grad_pre = tl.load(
+            x_grad_pre_ptrs,
+            mask=mask_pair[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [2 * BLOCK_N, BLOCK_D]
+        a_grad_h = tl.dot(w, x_grad_pre.T, input_precision=PRECISION)  # [BLOCK_H, 2 * BLOCK_N]
+        a, grad_h = tl.split(tl.reshape(a_grad_h, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
+        if bias_enc_ptr is not None:
+            a += bias_enc[:, None]
+        h = ACTIVATION(a)
+        grad_a = tl.where(mask_hn, grad_h * DERIVATIVE(a, h), 0.0)
+        h = tl.where(mask_hn, h, 0.0)
+        grad_bias_enc += tl.sum(grad_a, 1)
+        grad_a_h = tl.reshape(tl.join(grad_a, h), [BLOCK_H, 2 * BLOCK_N]).to(w.dtype)
+        grad_w = tl.dot(grad_a_h, x_grad_pre, grad_w, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
+        if grad_x_ptr is not None:
+            grad_x = tl.dot(grad_a.to(w.dtype).T, w, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+            grad_x_ptrs = grad_x_ptr + (n0 + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
+            tl.atomic_add(grad_x_ptrs, grad_x, mask=mask_n[:, None] & mask_d[None, :], sem="relaxed")
+
+    part_latents = tl.cast(part, tl.int64) * H + latents
+    grad_w_ptrs = grad_w_ptr + part_latents * D + offs_d[None, :]
+    tl.store(grad_w_ptrs, grad_w.to(grad_w_ptr.dtype.element_ty), mask=mask_hd)
+    tl.store(grad_bias_enc_ptr + tl.cast(part, tl.int64) * H + offs_h, grad_bias_enc, mask=mask_h)
+
+
+def weight_grad(
+    grad_pre: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    *,
+    activation: Activation,
+    tile: Tile,
+    split: int,
+    precision: str,
+    grad_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the loss with respect to `weight` and `bias_enc`.
+
+    Args:
+        grad_pre: ō [N, d], the gradient before the output activation; dtype and layout as `x`.
+        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride below 2**24 (0 included).
+        weight: [H, d], the dtype of `x`, unit stride along d.
+        bias_enc: [H], any floating dtype, or None.
+        activation: f, an entry with a Triton pair.
+        tile: rows of W and of x a program holds at a time.
+        split: into how many parts N is divided; their fp32 sums are added in a fixed order.
+        precision: "ieee" or "tf32", for fp32 inputs.
+        grad_x: [N, d] fp32, contiguous, zeroed: the same pass then adds x̄ to it with atomics, in no fixed order.
+
+    Returns:
+        W̄ [H, d], contiguous, in the dtype of `weight`, and b̄_enc [H] in fp32.
+    """
+    N, D = x.shape
+    H = weight.shape[0]
+    grad_w = torch.empty((H, D), dtype=weight.dtype, device=x.device)
+    grad_bias_enc = torch.empty((H,), dtype=torch.float32, device=x.device)
+    if split == 1:
+        partial_w, partial_bias_enc = grad_w, grad_bias_enc
+    else:
+        partial_w = torch.empty((split, H, D), dtype=torch.float32, device=x.device)
+        partial_bias_enc = torch.empty((split, H), dtype=torch.float32, device=x.device)
+    padded_d = block_d(D)
+    weight_grad_kernel[(triton.cdiv(H, tile.block_h), split)](
+        grad_pre_ptr=grad_pre,
+        x_ptr=x,
+        w_ptr=weight,
+        bias_enc_ptr=bias_enc,
+        grad_w_ptr=partial_w,
+        grad_bias_enc_ptr=partial_bias_enc,
+        grad_x_ptr=grad_x,
+        N=N,
+        H=H,
+        D=D,
+        stride_grad_pre=grad_pre.stride(0),
+        stride_x=x.stride(0),
+        stride_w=weight.stride(0),
+        ACTIVATION=activation.triton[0],
+        DERIVATIVE=activation.triton[1],
+        PRECISION=precision,
+        EVEN_N=N % tile.block_n == 0,
+        EVEN_H=H % tile.block_h == 0,
+        EVEN_D=padded_d == D,
+        BLOCK_N=tile.block_n,
+        BLOCK_H=tile.block_h,
+        BLOCK_D=padded_d,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if split > 1:
+        combine(partial_w, grad_w, None, activation=IDENTITY)
+        combine(partial_bias_enc, grad_bias_enc, None, activation=IDENTITY)
+    return grad_w, grad_bias_enc

@@ -1,0 +1,222 @@
+"""The one door into the op: argument checks, autocast, and which path serves a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import (
+    Tensor,
+    are_deterministic_algorithms_enabled,
+    get_float32_matmul_precision,
+    get_num_threads,
+    is_autocast_enabled,
+    is_grad_enabled,
+)
+from torch.amp import is_autocast_available
+from torch.compiler import is_compiling
+
+from tiedfused import planning, reference, settings
+from tiedfused.activations import IDENTITY, Activation, get_activation
+from tiedfused.backends import BACKENDS
+from tiedfused.op import apply_encode_decode, keeps_latent_for, last_stride_one, plan_for
+from tiedfused.planning import Plan
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = (*_PLAIN, type(None))
+_PLANS_KEPT = 4096
+_plans: dict[Any, Plan] = {}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tied_encode_decode(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None = None,
+    bias_dec: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    output_activation: str = "identity",
+    recompute: bool | None = None,
+) -> Tensor:
+    """y = g(f(x Wᵀ + b_enc) W + b_dec), without storing the latent.
+
+    Args:
+        x: ``[..., d]``, any strides; bfloat16, float16, float32 or float64.
+        weight: ``[H, d]``, same dtype and device as x (any under autocast).
+        bias_enc: ``[H]`` or None.
+        bias_dec: ``[d]`` or None.
+        activation: f, a name of `tiedfused.activation_names`.
+        output_activation: g, likewise.
+        recompute: True never stores anything of size N·H (low-memory mode: backward recomputes the latent), False keeps
+            the latent for backward, None lets the plan choose the faster within ``TIEDFUSED_WORKSPACE_MIB``.
+
+    Returns:
+        y ``[..., d]``, in x's dtype (under autocast, autocast's).
+
+    Saved for backward are x, weight, bias_enc, y where g has a gradient, and the latent if it is kept. Gradients are
+    computed for those inputs that need one; W̄ adds both of its terms in one accumulator of at least fp32. See
+    `tiedfused.reference` for the formulas and `tiedfused.plan` for what serves a given problem.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, dtypes differ, an activation is not a name.
+        ValueError: shapes or devices do not go together, d or H is 0, an activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> from tiedfused.functional import tied_encode_decode
+        >>> x, weight = torch.randn(32, 64), torch.randn(256, 64) / 8
+        >>> tied_encode_decode(x, weight, activation="relu").shape
+        torch.Size([32, 64])
+    """
+    if (
+        type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or type(bias_enc) not in _PLAIN_OR_NONE
+        or type(bias_dec) not in _PLAIN_OR_NONE
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or is_compiling()
+        or _modes()
+        or x.is_meta
+        or _any_autocast()
+    ):
+        return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+
+    grad_x = x.requires_grad
+    grad = is_grad_enabled() and (
+        grad_x
+        or weight.requires_grad
+        or (bias_enc is not None and bias_enc.requires_grad)
+        or (bias_dec is not None and bias_dec.requires_grad)
+    )
+    # One look-up stands for every check and choice below: they depend on nothing else, and cost as much as a small
+    # problem's arithmetic.
+    key = (
+        x.shape,
+        x.dtype,
+        x.device,
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        None if bias_enc is None else (bias_enc.shape, bias_enc.dtype, bias_enc.device),
+        None if bias_dec is None else (bias_dec.shape, bias_dec.dtype, bias_dec.device),
+        activation,
+        output_activation,
+        recompute,
+        grad,
+        grad_x,
+        get_float32_matmul_precision(),
+        get_num_threads(),
+        are_deterministic_algorithms_enabled(),
+        settings.generation,
+    )
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # an unhashable activation: the checks say so
+        plan = None
+    if plan is None:
+        f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.clear()
+        plan = _plans[key] = plan_for(x, weight, f, g if g.from_output else IDENTITY, grad, grad_x, recompute)
+
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if not rows.is_contiguous():
+        rows = last_stride_one(rows)
+    if not weight.is_contiguous():
+        weight = last_stride_one(weight)
+    if grad:
+        y = apply_encode_decode(rows, weight, bias_enc, bias_dec, plan)
+    else:
+        y = BACKENDS[plan.backend].forward(rows, weight, bias_enc, bias_dec, plan)[0]
+    if plan.output_activation.name != output_activation:
+        # g's gradient needs the pre-output, which autograd saves here as it does for any other activation
+        y = get_activation(output_activation).forward(y)
+    return y if rows is x or x.dim() == 2 else y.view(x.shape)
+
+
+def _dispatched(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    activation: str,
+    output_activation: str,
+    recompute: bool | None,
+) -> Tensor:
+    """The same for tensors that something else has a hand in: autocast, torch.func, torch.compile, modes, subclasses."""
+    if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
+        cast = (_autocast(t) for t in (x, weight, bias_enc, bias_dec))
+        with torch.autocast(x.device.type, enabled=False):
+            return tied_encode_decode(
+                *cast, activation=activation, output_activation=output_activation, recompute=recompute
+            )
+    f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+    if _functorch_active() or forward_ad._current_level >= 0:
+        return reference.tied_encode_decode(
+            x, weight, bias_enc, bias_dec, activation=activation, output_activation=output_activation
+        )
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    inner = g if g.from_output else IDENTITY
+    save_latent = is_grad_enabled() and keeps_latent_for(rows, weight, f, inner, recompute)
+    y, _ = torch.ops.tiedfused.forward.default(rows, weight, bias_enc, bias_dec, f.name, inner.name, save_latent)
+    if inner is not g:
+        y = g.forward(y)
+    return y if rows is x else y.view(x.shape)
+
+
+def _autocast(t: Tensor | None) -> Tensor | None:
+    """Cast as autocast casts an argument of `torch.nn.functional.linear`: floating-point, but not float64."""
+    if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64:
+        return t.to(torch.get_autocast_dtype(t.device.type))
+    return t
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    activation: str,
+    output_activation: str,
+    recompute: bool | None,
+) -> tuple[Activation, Activation]:
+    """f and g, or one clear error for arguments that do not make sense together."""
+    for name, t in (("x", x), ("weight", weight), ("bias_enc", bias_enc), ("bias_dec", bias_dec)):
+        if t is None and name.startswith("bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in _FLOATS:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+            raise TypeError(f"{name}: expected a floating-point tensor ({expected}), got {_name(t.dtype)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [H, d], both at least 1, got {_shape(weight)}")
+    h, d = weight.shape
+    if x.dim() == 0 or x.shape[-1] != d:
+        raise ValueError(f"x: expected shape [..., {d}], as weight is [{h}, {d}], got {_shape(x)}")
+    for name, bias, size in (("bias_enc", bias_enc, h), ("bias_dec", bias_dec, d)):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name}: expected shape [{size}], as weight is [{h}, {d}], got {_shape(bias)}")
+    for name, t in (("weight", weight), ("bias_enc", bias_enc), ("bias_dec", bias_dec)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {_name(x.dtype)}, as x, got {_name(t.dtype)}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, as x, got {t.device}")
+    if recompute not in (None, True, False):
+        raise TypeError(f"recompute: expected None, True or False, got {recompute!r}")
+    return get_activation(activation), get_activation(output_activation, "output_activation")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))

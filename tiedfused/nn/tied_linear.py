@@ -1,0 +1,238 @@
+"""`TiedLinear`: one weight that encodes and decodes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiedfused.activations import get_activation
+from tiedfused.functional import tied_encode_decode
+
+BIAS_MODES = ("none", "independent", "pre", "latent")
+
+
+class TiedLinear(nn.Module):
+    """The tied encode-decode layer, y = g(f(x Wᵀ + b_enc) W + b_dec), fused.
+
+    Args:
+        in_features: d, the size of x and y.
+        out_features: H, the size of the latent.
+        bias: whether there are biases; `bias_mode` says which.
+        activation: f, a name of `tiedfused.activation_names`.
+        output_activation: g, likewise.
+        bias_mode: how the biases go together; by default ``"independent"`` if `bias`, else ``"none"``:
+
+            - ``"none"``: no biases.
+            - ``"independent"``: b_enc and b_dec are parameters of their own.
+            - ``"pre"``: b_dec is also subtracted from the input, f((x − b_dec) Wᵀ + b_enc) W + b_dec: the latent then
+              describes x relative to a learned centre, as usual for sparse autoencoders on model activations.
+            - ``"latent"``: only b_enc is a parameter and b_dec = −b_enc W: the decoder takes back what the encoder's
+              bias added, so y = (f(x Wᵀ + b_enc) − b_enc) W before g.
+
+            b_dec = −b_enc, the first coupling that comes to mind, does not exist: b_enc has H entries, b_dec has d.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        weight: W, ``[out_features, in_features]``; row j is dictionary atom j.
+        bias_enc: b_enc, ``[out_features]``, or None.
+        bias_dec: b_dec, ``[in_features]``, or None.
+
+    These are also the keys of its state_dict. The weight is one parameter, registered once: optimisers, FSDP and
+    safetensors see it once, and it cannot come untied.
+
+    Example:
+        >>> import torch, tiedfused
+        >>> layer = tiedfused.TiedLinear(64, 256, bias=True, activation="relu")
+        >>> layer(torch.randn(8, 64)).shape, layer.encode(torch.randn(8, 64)).shape
+        (torch.Size([8, 64]), torch.Size([8, 256]))
+    """
+
+    bias_enc: nn.Parameter | None
+    bias_dec: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        activation: str = "identity",
+        output_activation: str = "identity",
+        bias_mode: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
+        if bias_mode is None:
+            bias_mode = "independent" if bias else "none"
+        if bias_mode not in BIAS_MODES:
+            raise ValueError(f"bias_mode: expected one of {', '.join(BIAS_MODES)}, got {bias_mode!r}")
+        if bias and bias_mode == "none":
+            raise ValueError("bias_mode: expected independent, pre or latent, as bias is True, got 'none'")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        get_activation(activation)
+        get_activation(output_activation, "output_activation")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.output_activation = output_activation
+        self.bias_mode = bias_mode
+        new = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **new))  # type: ignore[arg-type]
+        for name, size, modes in (
+            ("bias_enc", out_features, ("independent", "pre", "latent")),
+            ("bias_dec", in_features, ("independent", "pre")),
+        ):
+            value = nn.Parameter(torch.empty(size, **new)) if bias_mode in modes else None  # type: ignore[arg-type]
+            self.register_parameter(name, value)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str = "isometric") -> None:
+        """Initialise the weight, and set the biases to 0.
+
+        Args:
+            init: ``"isometric"`` (default) draws W ~ N(0, s²) with s² = 1 / (max(d, H) · E[f′(z)]), z ~ N(0, 1). WᵀW (or,
+                for H < d, WWᵀ) is then close to the identity times 1 / E[f′], and by Stein's lemma
+                E[f(Wx) W] ≈ E[f′] WᵀW x: the layer starts near the identity or a projection. ``"small"`` draws
+                0.01 · N(0, 1), which starts next to the saddle at W = 0: small, but slow to leave.
+
+        Raises:
+            ValueError: an unknown `init`.
+        """
+        if init == "isometric":
+            std = 1 / math.sqrt(max(self.in_features, self.out_features) * _mean_slope(self.activation))
+        elif init == "small":
+            std = 0.01
+        else:
+            raise ValueError(f"init: expected isometric or small, got {init!r}")
+        self.weight.normal_(0.0, std)
+        for bias in (self.bias_enc, self.bias_dec):
+            if bias is not None:
+                bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = decode(encode(x)), fused. x ``[..., in_features]`` → ``[..., in_features]``."""
+        bias_enc, bias_dec = self._biases()
+        return tied_encode_decode(
+            x,
+            self.weight,
+            bias_enc,
+            bias_dec,
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+
+    def forward_enc(self, x: Tensor) -> Tensor:
+        """The pre-activation, x Wᵀ + b_enc. x ``[..., in_features]`` → ``[..., out_features]``."""
+        return F.linear(x, self.weight, self._biases()[0])
+
+    def forward_dec(self, h: Tensor) -> Tensor:
+        """The pre-output, h W + b_dec. h ``[..., out_features]`` → ``[..., in_features]``."""
+        return F.linear(h, self.weight.t(), self._biases()[1])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latent f(`forward_enc` (x)). x ``[..., in_features]`` → ``[..., out_features]``."""
+        return get_activation(self.activation).forward(self.forward_enc(x))
+
+    def decode(self, h: Tensor) -> Tensor:
+        """The reconstruction g(`forward_dec` (h)). h ``[..., out_features]`` → ``[..., in_features]``."""
+        return get_activation(self.output_activation).forward(self.forward_dec(h))
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """b_enc and b_dec as the two products see them: the couplings are folded in, in fp32 at least."""
+        bias_enc, bias_dec = self.bias_enc, self.bias_dec
+        if self.bias_mode == "pre":
+            assert bias_enc is not None and bias_dec is not None
+            return _fold(bias_enc, self.weight, bias_dec), bias_dec
+        if self.bias_mode == "latent":
+            assert bias_enc is not None
+            return bias_enc, _fold(None, self.weight.t(), bias_enc)
+        return bias_enc, bias_dec
+
+    @classmethod
+    def from_linear(cls, encoder: nn.Linear, decoder: nn.Linear | None = None, **options: Any) -> TiedLinear:
+        """A tied layer from an `nn.Linear` encoder, and optionally the decoder it is already tied to.
+
+        Args:
+            encoder: its weight ``[H, d]`` and bias are copied.
+            decoder: its bias is copied; its weight ``[d, H]`` must be the transpose of the encoder's.
+            options: as of `TiedLinear`, without sizes, device and dtype; `bias_mode` is ``"independent"`` if either layer
+                has a bias.
+
+        Raises:
+            ValueError: the decoder's weight is not the transpose of the encoder's.
+        """
+        weight = encoder.weight.detach()
+        biases = {"bias_enc": encoder.bias, "bias_dec": None if decoder is None else decoder.bias}
+        if decoder is not None and not (
+            decoder.weight.shape == weight.t().shape and torch.allclose(decoder.weight.detach(), weight.t())
+        ):
+            raise ValueError(
+                f"decoder: expected the transpose of the encoder's weight {list(weight.shape)}, got a different "
+                f"weight {list(decoder.weight.shape)}; tie it first"
+            )
+        bias = any(b is not None for b in biases.values())
+        layer = cls(
+            encoder.in_features, encoder.out_features, bias, device=weight.device, dtype=weight.dtype, **options
+        )
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            for name, value in biases.items():
+                target = getattr(layer, name)
+                if value is not None and target is not None:
+                    target.copy_(value)
+        return layer
+
+    @torch.no_grad()
+    def to_linear_pair(self) -> tuple[nn.Linear, nn.Linear]:
+        """Encoder and decoder as two `nn.Linear`, untied copies; bias couplings are folded in.
+
+        ``decoder(f(encoder(x)))`` with g on top equals this layer's output.
+        """
+        biases = self._biases()
+        layers = []
+        for weight, bias in ((self.weight, biases[0]), (self.weight.t(), biases[1])):
+            layer = nn.Linear(
+                weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
+            )
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+            layers.append(layer)
+        return layers[0], layers[1]
+
+    def extra_repr(self) -> str:
+        """One line: sizes and what is not a default."""
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias_mode={self.bias_mode!r}"]
+        parts += [
+            f"{name}={value!r}"
+            for name, value in (("activation", self.activation), ("output_activation", self.output_activation))
+            if value != "identity"
+        ]
+        return ", ".join(parts)
+
+
+def _fold(bias: Tensor | None, weight: Tensor, other: Tensor) -> Tensor:
+    """bias − weight · other, ``[rows of weight]``, summed in fp32 where the operands are narrower."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    folded = -torch.mv(weight.to(wide), other.to(wide))
+    return (folded if bias is None else bias.to(wide) + folded).to(weight.dtype)
+
+
+def _mean_slope(activation: str) -> float:
+    """E[f′(z)] for z ~ N(0, 1), between 1/4 and 1 so that an unusual f does not blow up the weight."""
+    z = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+    f = get_activation(activation)
+    slope = f.backward(torch.ones_like(z), f.forward(z) if f.from_output else z)
+    density = torch.exp(-z * z / 2)
+    return min(max((slope * density).sum().item() / density.sum().item(), 0.25), 1.0)

@@ -1,0 +1,229 @@
+"""The operator: its schema, its backward, and the ways into it.
+
+Two doors lead to the same backends. `torch.ops.tiedfused.forward` carries autograd for torch.compile, torch.export,
+tensor subclasses and dispatch modes. `EncodeDecode`, a plain autograd Function, is the eager fast path: a dispatcher hop
+and `register_autograd` would cost more than a small problem's arithmetic. `functional` picks the door.
+
+Saved for backward: x, weight, bias_enc, y if g has a gradient, and the latent only if the plan keeps it. Backward
+recomputes the latent tile by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch
+instead, so that second derivatives are right; that form stores the latent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tiedfused import planning, reference, settings
+from tiedfused.activations import Activation, get_activation
+from tiedfused.backends import BACKENDS
+from tiedfused.planning import Plan
+
+def _capability(x: Tensor) -> int | None:
+    return planning.cuda_capability(x.device.index) if x.device.type == "cuda" else None
+
+
+def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, g: Activation, recompute: bool | None) -> bool:
+    """Whether a training step on x ``[N, d]`` keeps the latent; x may have symbolic sizes."""
+    n, d = x.shape
+    refusal = planning.why_not_triton(d, x.dtype, x.device.type, _capability(x), f, g, recompute is False)
+    return planning.keeps_latent(n, d, weight.shape[0], x.dtype, refusal is None, recompute)
+
+
+def plan_for(
+    x: Tensor,
+    weight: Tensor,
+    f: Activation,
+    g: Activation,
+    grad: bool,
+    grad_x: bool,
+    recompute: bool | None,
+) -> Plan:
+    """The plan of x ``[..., d]`` with weight ``[H, d]``."""
+    h, d = weight.shape
+    return planning.make_plan(
+        x.numel() // d,
+        d,
+        h,
+        x.dtype,
+        x.device.type,
+        x.device.index,
+        _capability(x),
+        f,
+        g,
+        grad,
+        grad_x,
+        recompute,
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        planning.allow_atomics(),
+        settings.current(),
+    )
+
+
+def last_stride_one(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _differentiable_backward(
+    grad_z: Tensor, x: Tensor, weight: Tensor, bias_enc: Tensor | None, f: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.latent_gradients(grad_z, x, weight, reference.pre_activation(x, weight, bias_enc), f)
+
+
+class EncodeDecode(torch.autograd.Function):
+    """The eager path. ctx-style on purpose: a `setup_context` Function costs 26 µs a call in `inspect.signature`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    ) -> Tensor:
+        """y ``[N, d]``."""
+        y, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(x, weight, bias_enc, latent, None if plan.output_activation.is_identity else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, weight, bias_enc and bias_dec."""
+        plan, needs = ctx.plan, ctx.needs_input_grad
+        if torch.is_autocast_enabled(plan.device):  # the backward runs in the precision of the forward
+            with torch.autocast(plan.device, enabled=False):
+                return EncodeDecode.backward(ctx, grad_y)
+        x, weight, bias_enc, latent, y = ctx.saved_tensors
+        grad_z = grad_y if y is None else plan.output_activation.backward(grad_y, y)
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation)
+        else:
+            grad_z = last_stride_one(grad_z)
+            grads = BACKENDS[plan.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), (
+            grad_z.sum(0) if needs[3] else None
+        ), None
+
+
+# `Function.apply` without its Python wrapper, whose work (functorch, default arguments) is done before we get here:
+# 1.6 of 8 µs on a tiny problem
+apply_encode_decode = super(torch.autograd.Function, EncodeDecode).apply
+
+
+# ---- the registered operator -------------------------------------------------------------------------------------
+
+_library = torch.library.Library("tiedfused", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, str output_activation, "
+    "bool save_latent) -> (Tensor y, Tensor latent)"
+)
+_library.define(
+    "backward(Tensor grad_z, Tensor x, Tensor weight, Tensor? bias_enc, Tensor latent, str activation, "
+    "bool save_latent, bool[] needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
+)
+
+
+def _op_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    activation: str,
+    output_activation: str,
+    save_latent: bool,
+) -> tuple[Tensor, Tensor]:
+    f, g = get_activation(activation), get_activation(output_activation)
+    x, weight = last_stride_one(x), last_stride_one(weight)
+    plan = plan_for(x, weight, f, g, save_latent, True, not save_latent)
+    y, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+    return y, x.new_empty(0) if latent is None else latent.view(-1)
+
+
+def _op_backward(
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    latent: Tensor,
+    activation: str,
+    save_latent: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    f, identity = get_activation(activation), get_activation("identity")
+    grad_z, x, weight = last_stride_one(grad_z), last_stride_one(x), last_stride_one(weight)
+    plan = plan_for(x, weight, f, identity, True, needs[0], not save_latent)
+    grads = BACKENDS[plan.backend].backward(
+        grad_z, x, weight, bias_enc, latent if save_latent else None, plan, (needs[0], needs[1], needs[2])
+    )
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_weight, grad_bias
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("forward", _op_forward, _key)
+    _library.impl("backward", _op_backward, _key)
+
+
+@torch.library.register_fake("tiedfused::forward", lib=_library)
+def _fake_forward(x, weight, bias_enc, bias_dec, activation, output_activation, save_latent):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty(x.shape[0] * weight.shape[0] if save_latent else 0)
+
+
+@torch.library.register_fake("tiedfused::backward", lib=_library)
+def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs):  # type: ignore[no-untyped-def]
+    shapes = (x.shape, weight.shape, (weight.shape[0],))
+    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias_enc, _, activation, output_activation, save_latent = inputs
+    y, latent = output
+    ctx.activation, ctx.output_activation, ctx.save_latent = activation, output_activation, save_latent
+    ctx.mark_non_differentiable(latent)
+    ctx.set_materialize_grads(False)
+    identity = get_activation(output_activation).is_identity
+    ctx.save_for_backward(x, weight, bias_enc, latent, None if identity else y)
+
+
+def _op_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 7
+    x, weight, bias_enc, latent, y = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_z = grad_y if y is None else get_activation(ctx.output_activation).backward(grad_y, y)
+    grads: tuple[Tensor, ...]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _differentiable_backward(grad_z, x, weight, bias_enc, get_activation(ctx.activation))
+    else:
+        grads = torch.ops.tiedfused.backward.default(
+            grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3])
+        )
+    return *(g if need else None for g, need in zip(grads, needs, strict=False)), (
+        grad_z.sum(0) if needs[3] else None
+    ), None, None, None
+
+
+torch.library.register_autograd("tiedfused::forward", _op_autograd, setup_context=_op_setup_context, lib=_library)
+
+
+def _op_no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("tiedfused::backward is not differentiable; differentiate tied_encode_decode with create_graph=True")
+
+
+torch.library.register_autograd(
+    "tiedfused::backward", _op_no_double_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
+)
+
+
+@register_flop_formula(torch.ops.tiedfused.forward)
+def _forward_flops(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """4NdH: two products."""
+    return 4 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.tiedfused.backward)
+def _backward_flops(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """h̄, the two terms of W̄, and x̄, 2NdH each where asked for: theoretical, without what is recomputed."""
+    need_x, need_weight, _ = needs
+    return (2 + 4 * need_weight + 2 * need_x) * x[0] * x[1] * weight[0]

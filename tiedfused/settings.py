@@ -1,0 +1,100 @@
+"""What a user may set for a whole process. Each is read once from the environment, when the package is imported.
+
+| variable                  | values                 | meaning                                                             |
+|---------------------------|------------------------|---------------------------------------------------------------------|
+| `TIEDFUSED_BACKEND`       | auto, triton, tiled    | which backend may serve (auto: the plan chooses)                    |
+| `TIEDFUSED_RECOMPUTE`     | auto, 0, 1             | the default of ``recompute=`` (auto: None, the plan chooses)        |
+| `TIEDFUSED_WORKSPACE_MIB` | a number, default 256  | the most that may be kept of the latent from forward to backward    |
+| `TIEDFUSED_ATOMICS`       | 0, 1                   | 1 allows the one-pass backward with atomics: not reproducible       |
+
+`override` changes them for the length of a ``with`` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings in force; `current` returns them.
+
+    Args:
+        backend: ``"auto"``, ``"triton"`` or ``"tiled"``.
+        recompute: what ``recompute=None`` of a call stands for: None lets the plan choose.
+        workspace_bytes: the most bytes of latent that a training step may keep where the plan chooses.
+        atomics: whether the backward pass may add x̄ with atomics (faster in places, not bitwise reproducible).
+    """
+
+    backend: str = "auto"
+    recompute: bool | None = None
+    workspace_bytes: int = 256 * MIB
+    atomics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "triton", "tiled"):
+            raise ValueError(f"TIEDFUSED_BACKEND: got {self.backend!r}; expected auto, triton or tiled")
+        if self.workspace_bytes < 0:
+            raise ValueError(f"TIEDFUSED_WORKSPACE_MIB: got {self.workspace_bytes / MIB:g}; expected 0 or more")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """The settings that the environment variables above describe.
+
+        Raises:
+            ValueError: a variable holds none of its values; the message names it, what it holds and what it may.
+        """
+
+        def choice(variable: str, values: dict[str, Any], default: str) -> Any:
+            text = environment.get(variable, default).lower()
+            if text not in values:
+                raise ValueError(f"{variable}: got {text!r}; expected {', '.join(values)}")
+            return values[text]
+
+        mib = environment.get("TIEDFUSED_WORKSPACE_MIB", "256")
+        try:
+            workspace_bytes = int(float(mib) * MIB)
+        except (ValueError, OverflowError):
+            raise ValueError(f"TIEDFUSED_WORKSPACE_MIB: got {mib!r}; expected a number of MiB") from None
+        return cls(
+            backend=environment.get("TIEDFUSED_BACKEND", "auto").lower(),
+            recompute=choice("TIEDFUSED_RECOMPUTE", {"auto": None, "0": False, "1": True}, "auto"),
+            workspace_bytes=workspace_bytes,
+            atomics=choice("TIEDFUSED_ATOMICS", {"0": False, "1": True}, "0"),
+        )
+
+
+_current = Settings.from_environment()
+generation = 0  # counts the changes: what is cached under one generation is stale in the next
+
+
+def current() -> Settings:
+    """The settings in force."""
+    return _current
+
+
+@contextlib.contextmanager
+def override(**changes: Any) -> Iterator[Settings]:
+    """Change settings for the length of a ``with`` block (of the whole process, all threads).
+
+    Example:
+        >>> import tiedfused
+        >>> with tiedfused.settings.override(recompute=True) as settings:
+        ...     settings.recompute
+        True
+    """
+    global _current, generation
+    before = _current
+    _current = dataclasses.replace(before, **changes)
+    generation += 1
+    try:
+        yield _current
+    finally:
+        _current = before
+        generation += 1

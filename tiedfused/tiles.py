@@ -1,0 +1,254 @@
+"""Tiles of the Triton kernels: what they need on chip, whether that fits a GPU, and which one to use.
+
+Pure Python: it answers for GPUs that are not present. The kernels keep one tile on chip (*stationary*) and stream the
+other operand past it in `Tile.num_stages` stages; the model below counts those two, and the latent between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from importlib import resources as package_files
+
+KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
+
+_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+_MAX_BLOCK_D = 512
+_MIN_BLOCK = 16
+_ADDRESSING_REGISTERS = 24
+_BARRIER_BYTES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Launch shape of a kernel.
+
+    Args:
+        block_n: rows of x and ō held at a time; a power of two, at least 16.
+        block_h: rows of W (latents) held at a time; a power of two, at least 16.
+        num_warps: warps of 32 threads in a block.
+        num_stages: depth of the pipeline of the streamed operand; 1 is no pipeline.
+    """
+
+    block_n: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Limits of one compute capability.
+
+    Args:
+        shared_bytes: largest shared memory of a block, in bytes, after opting in.
+        registers_per_thread: most registers a thread can address.
+        registers_per_sm: registers of a multiprocessor.
+    """
+
+    shared_bytes: int
+    registers_per_thread: int = 255
+    registers_per_sm: int = 65536
+
+
+ARCHITECTURES = {
+    80: Architecture(shared_bytes=166912),
+    86: Architecture(shared_bytes=101376),
+    89: Architecture(shared_bytes=101376),
+    90: Architecture(shared_bytes=232448),
+    100: Architecture(shared_bytes=232448),
+    120: Architecture(shared_bytes=101376),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a tile needs.
+
+    Args:
+        shared_bytes: shared memory of a block, in bytes.
+        registers_per_thread: the least that is live at once; a tile above the limit spills.
+    """
+
+    shared_bytes: int
+    registers_per_thread: int
+
+
+def block_d(d: int) -> int:
+    """The width, in elements, of the tile that holds rows of `d` elements: the next power of two, at least 16."""
+    return max(_MIN_BLOCK, 1 << (d - 1).bit_length())
+
+
+def _rows(kernel: str, tile: Tile) -> int:
+    """Rows of the accumulator, and of the first product."""
+    return tile.block_h if kernel.startswith("weight_grad") else tile.block_n
+
+
+def _tensor_core(capability: int, itemsize: int, rows: int) -> str:
+    """The instruction family of the first product, which has `rows` rows: "mma", "wgmma" or "tcgen05"."""
+    if rows >= 64 and capability // 10 == 9 and itemsize == 2:
+        return "wgmma"
+    if rows >= 64 and capability // 10 == 10:
+        return "tcgen05"
+    return "mma"
+
+
+def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: int) -> Resources:
+    """What `kernel` needs with `tile`.
+
+    Args:
+        kernel: one of `KERNELS`.
+        tile: its tile.
+        block_d: padded row width in elements, see the function `block_d`.
+        itemsize: bytes of an element of x and W: 2 or 4. With 4 the larger of ieee and tf32 is returned.
+        capability: compute capability, e.g. 90.
+    """
+    weight_stationary = kernel.startswith("weight_grad")
+    atomic = kernel == "weight_grad_atomic"
+    rows = _rows(kernel, tile)
+    stationary, streamed = {
+        "forward": (tile.block_n, tile.block_h),
+        "input_grad": (2 * tile.block_n, tile.block_h),
+        "weight_grad": (tile.block_h, 2 * tile.block_n),
+        "weight_grad_atomic": (tile.block_h, 2 * tile.block_n),
+    }[kernel]
+    row_bytes = block_d * itemsize
+    latent = tile.block_n * tile.block_h
+    tensor_core = _tensor_core(capability, itemsize, rows)
+
+    if itemsize == 4:
+        # tf32 reads the streamed tile in two layouts through registers, unpipelined; ieee stages the latent instead
+        copies = tile.num_stages + 1 if tensor_core == "tcgen05" else 2
+        tf32 = ((2 if atomic else 1) * stationary + copies * streamed) * row_bytes
+        ieee = (stationary + streamed) * row_bytes + latent * {"weight_grad": 2, "weight_grad_atomic": 3}.get(
+            kernel, 1
+        ) * 4
+        shared = max(tf32, ieee)
+    else:
+        latents = latent * (2 if weight_stationary else 1) * itemsize
+        scratch = latents if tensor_core == "mma" and (rows < 128 or block_d > 128) else 0
+        if atomic:
+            scratch = max(scratch, latent * itemsize, tile.block_n * block_d * 4)
+            if _tensor_core(capability, itemsize, tile.block_n) != tensor_core:
+                scratch += stationary * row_bytes  # the product for x̄ reads W in another layout
+        if tile.num_stages == 1:
+            scratch = max(0, scratch - streamed * row_bytes)  # unpipelined, the streamed tile is dead by then
+        if tensor_core == "tcgen05":
+            scratch += _BARRIER_BYTES
+        buffers = {"mma": max(1, tile.num_stages - 1), "wgmma": tile.num_stages, "tcgen05": tile.num_stages + 1}
+        shared = (stationary + buffers[tensor_core] * streamed) * row_bytes + scratch
+
+    accumulator = rows * block_d / (32 * tile.num_warps)
+    # warps beyond one for every 16 rows repeat the latent of others
+    latent_registers = latent / (32 * min(tile.num_warps, rows // 16)) * (1 if kernel == "forward" else 2)
+    # Blackwell accumulates in tensor memory and moves one operand at a time into registers
+    live = max if tensor_core == "tcgen05" else lambda *operands: sum(operands)
+    registers = _ADDRESSING_REGISTERS + live(accumulator, latent_registers)
+    return Resources(shared_bytes=shared, registers_per_thread=math.ceil(registers))
+
+
+def check_tile(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: int) -> None:
+    """Refuse a tile that cannot run.
+
+    Args:
+        kernel: one of `KERNELS`.
+        tile: the tile to check.
+        block_d: padded row width in elements.
+        itemsize: bytes of an element of x and W: 2 or 4.
+        capability: compute capability, one of `ARCHITECTURES`.
+
+    Raises:
+        ValueError: the kernel or the architecture is unknown, a block is not a power of two of at least 16, or the tile
+            needs more shared memory or registers than there are.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: {kernel!r} is none of {', '.join(KERNELS)}")
+    if capability not in ARCHITECTURES:
+        known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
+        raise ValueError(f"capability: sm_{capability} is none of {known}")
+    for name, block in (("block_n", tile.block_n), ("block_h", tile.block_h), ("block_d", block_d)):
+        if block < _MIN_BLOCK or block & (block - 1):
+            raise ValueError(f"{kernel}: {name} must be a power of two of at least {_MIN_BLOCK}, got {block}")
+    if tile.num_warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"{kernel}: num_warps must be 1, 2, 4, 8 or 16, got {tile.num_warps}")
+    # unpipelined, the streamed tile is kept in two layouts, except where wgmma reads both from one
+    fewest_stages = 1 if _tensor_core(capability, itemsize, _rows(kernel, tile)) == "wgmma" else 2
+    if tile.num_stages < fewest_stages:
+        raise ValueError(f"{kernel}: num_stages must be at least {fewest_stages} for {tile} on sm_{capability}")
+    if block_d > _MAX_BLOCK_D:
+        raise ValueError(f"{kernel}: rows of more than {_MAX_BLOCK_D} elements do not fit on chip, got {block_d}")
+
+    limits = ARCHITECTURES[capability]
+    needs = resources(kernel, tile, block_d, itemsize, capability)
+    registers = min(limits.registers_per_thread, limits.registers_per_sm // (32 * tile.num_warps))
+    if needs.shared_bytes > limits.shared_bytes:
+        raise ValueError(
+            f"{kernel}: {tile} needs {needs.shared_bytes} bytes of shared memory at block_d={block_d}, "
+            f"itemsize={itemsize}; sm_{capability} has {limits.shared_bytes}"
+        )
+    if needs.registers_per_thread > registers:
+        raise ValueError(
+            f"{kernel}: {tile} needs at least {needs.registers_per_thread} registers a thread at block_d={block_d}, "
+            f"itemsize={itemsize}; sm_{capability} has {registers}"
+        )
+
+
+@functools.cache
+def _packaged(capability: int) -> dict[str, dict[str, dict[str, list[int]]]] | None:
+    """kernel → itemsize → block_d → tile, of the architecture's file."""
+    file = package_files.files("tiedfused") / "configs" / f"sm{capability}.json"
+    if not file.is_file():
+        return None
+    tiles: dict[str, dict[str, dict[str, list[int]]]] = json.loads(file.read_text())["tiles"]
+    return tiles
+
+
+def _shrunk(tile: Tile) -> Tile | None:
+    """The next smaller tile: a shorter pipeline, then half of the larger block."""
+    if tile.num_stages > 2:
+        return dataclasses.replace(tile, num_stages=tile.num_stages - 1)
+    if max(tile.block_n, tile.block_h) == _MIN_BLOCK:
+        return None
+    if tile.block_n >= tile.block_h:
+        return dataclasses.replace(tile, block_n=tile.block_n // 2)
+    return dataclasses.replace(tile, block_h=tile.block_h // 2)
+
+
+@functools.cache
+def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile, str]:
+    """The tile to launch `kernel` with.
+
+    Args:
+        kernel: one of `KERNELS`.
+        d: row width in elements, 1 to 512.
+        dtype: of x and W: "bfloat16", "float16" or "float32".
+        capability: compute capability, one of `ARCHITECTURES`.
+
+    Returns:
+        The tile, and where it comes from: the architecture's packaged file, or a heuristic that starts from a large
+        tile and shrinks it until it fits.
+
+    Raises:
+        ValueError: the dtype is another one, or no tile fits the architecture.
+    """
+    if dtype not in _ITEMSIZE:
+        raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
+    itemsize, width = _ITEMSIZE[dtype], block_d(d)
+    entry = (_packaged(capability) or {}).get(kernel, {}).get(str(itemsize), {}).get(str(width))
+    if entry is not None:
+        packaged = Tile(*entry)
+        check_tile(kernel, packaged, width, itemsize, capability)
+        return packaged, f"configs/sm{capability}.json"
+
+    tile = Tile(64, 64, 8, 3)
+    while True:
+        try:
+            check_tile(kernel, tile, width, itemsize, capability)
+            return tile, "heuristic"
+        except ValueError:
+            smaller = _shrunk(tile)
+            if smaller is None:
+                raise
+            tile = smaller
