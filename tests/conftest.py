@@ -9,7 +9,6 @@ import torch
 
 from tiedfused import activations, functional, planning
 
-
 # The problems are small: a second thread makes them slower, and on a busy machine 15 times slower. Reproducibility is
 # per number of threads, so one is as good as two.
 torch.set_num_threads(1)

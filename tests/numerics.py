@@ -113,7 +113,9 @@ def assert_layer_matches(
 
     def eager(*operands: Tensor | None) -> Tensor:
         return reference.tied_encode_decode(
-            *operands, activation=activation, output_activation=output_activation  # type: ignore[arg-type]
+            *operands,
+            activation=activation,
+            output_activation=output_activation,  # type: ignore[arg-type]
         )
 
     dtype = p.x.dtype

@@ -29,7 +29,12 @@ X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn
         ((X, W, B, C.bfloat16()), {}, TypeError, r"bias_dec: expected float32, as x, got bfloat16"),
         ((X.long(), W), {}, TypeError, r"x: expected a floating-point tensor .*got int64"),
         ((X, W.to(torch.complex64)), {}, TypeError, r"weight: expected a floating-point tensor .*got complex64"),
-        ((X, W.to(torch.float8_e4m3fn)), {}, TypeError, r"weight: expected a floating-point tensor .*got float8_e4m3fn"),
+        (
+            (X, W.to(torch.float8_e4m3fn)),
+            {},
+            TypeError,
+            r"weight: expected a floating-point tensor .*got float8_e4m3fn",
+        ),
         (([1.0], W), {}, TypeError, r"x: expected a tensor, got list"),
         ((X, None), {}, TypeError, r"weight: expected a tensor, got NoneType"),
         ((X, W, 1.0), {}, TypeError, r"bias_enc: expected a tensor, got float"),

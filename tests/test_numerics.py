@@ -195,9 +195,7 @@ def test_bitwise_reproducible(small_tiles: str, recompute: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_every_output_element_is_written(
-    small_tiles: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_output_element_is_written(small_tiles: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make):
         return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
 

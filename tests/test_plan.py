@@ -167,7 +167,17 @@ def test_tile_that_cannot_fit_is_refused() -> None:
 
 def test_text_names_everything_a_user_asks_for() -> None:
     text = str(plan(4096, 256, 8192, dtype=BF16, device="cuda"))
-    for label in ("regime", "backend", "forward", "weight_grad", "input_grad", "workspace", "FLOPs", "roofline", "reason"):
+    for label in (
+        "regime",
+        "backend",
+        "forward",
+        "weight_grad",
+        "input_grad",
+        "workspace",
+        "FLOPs",
+        "roofline",
+        "reason",
+    ):
         assert any(line.startswith(label) for line in text.splitlines()), label
 
 

@@ -120,7 +120,9 @@ def test_state_dict_of_one_loads_into_another() -> None:
 
 
 def test_registered_activation_serves(custom_activation: str) -> None:
-    layer = TiedLinear(8, 16, True, activation=custom_activation, output_activation=custom_activation, dtype=torch.float64)
+    layer = TiedLinear(
+        8, 16, True, activation=custom_activation, output_activation=custom_activation, dtype=torch.float64
+    )
     x = X.double().requires_grad_()
     expected = reference.tied_encode_decode(
         x,

@@ -17,7 +17,7 @@ from torch import (
 from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 
-from tiedfused import planning, reference, settings
+from tiedfused import reference, settings
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.backends import BACKENDS
 from tiedfused.op import apply_encode_decode, keeps_latent_for, last_stride_one, plan_for
@@ -150,9 +150,9 @@ def _dispatched(
     output_activation: str,
     recompute: bool | None,
 ) -> Tensor:
-    """The same for tensors that something else has a hand in: autocast, torch.func, torch.compile, modes, subclasses."""
+    """The same where something else has a hand in it: autocast, torch.func, torch.compile, modes, subclasses."""
     if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
-        cast = (_autocast(t) for t in (x, weight, bias_enc, bias_dec))
+        cast: list[Any] = [_autocast(t) for t in (x, weight, bias_enc, bias_dec)]
         with torch.autocast(x.device.type, enabled=False):
             return tied_encode_decode(
                 *cast, activation=activation, output_activation=output_activation, recompute=recompute

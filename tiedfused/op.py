@@ -1,8 +1,8 @@
 """The operator: its schema, its backward, and the ways into it.
 
 Two doors lead to the same backends. `torch.ops.tiedfused.forward` carries autograd for torch.compile, torch.export,
-tensor subclasses and dispatch modes. `EncodeDecode`, a plain autograd Function, is the eager fast path: a dispatcher hop
-and `register_autograd` would cost more than a small problem's arithmetic. `functional` picks the door.
+tensor subclasses and dispatch modes. `EncodeDecode`, a plain autograd Function, is the eager fast path: a dispatcher
+hop and `register_autograd` would cost more than a small problem's arithmetic. `functional` picks the door.
 
 Saved for backward: x, weight, bias_enc, y if g has a gradient, and the latent only if the plan keeps it. Backward
 recomputes the latent tile by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch
@@ -21,6 +21,7 @@ from tiedfused import planning, reference, settings
 from tiedfused.activations import Activation, get_activation
 from tiedfused.backends import BACKENDS
 from tiedfused.planning import Plan
+
 
 def _capability(x: Tensor) -> int | None:
     return planning.cuda_capability(x.device.index) if x.device.type == "cuda" else None
@@ -101,9 +102,11 @@ class EncodeDecode(torch.autograd.Function):
         else:
             grad_z = last_stride_one(grad_z)
             grads = BACKENDS[plan.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
-        return *(g if need else None for g, need in zip(grads, needs, strict=False)), (
-            grad_z.sum(0) if needs[3] else None
-        ), None
+        return (
+            *(g if need else None for g, need in zip(grads, needs, strict=False)),
+            (grad_z.sum(0) if needs[3] else None),
+            None,
+        )
 
 
 # `Function.apply` without its Python wrapper, whose work (functorch, default arguments) is done before we get here:
@@ -199,16 +202,22 @@ def _op_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Ten
         grads = torch.ops.tiedfused.backward.default(
             grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3])
         )
-    return *(g if need else None for g, need in zip(grads, needs, strict=False)), (
-        grad_z.sum(0) if needs[3] else None
-    ), None, None, None
+    return (
+        *(g if need else None for g, need in zip(grads, needs, strict=False)),
+        (grad_z.sum(0) if needs[3] else None),
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("tiedfused::forward", _op_autograd, setup_context=_op_setup_context, lib=_library)
 
 
 def _op_no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("tiedfused::backward is not differentiable; differentiate tied_encode_decode with create_graph=True")
+    raise RuntimeError(
+        "tiedfused::backward is not differentiable; differentiate tied_encode_decode with create_graph=True"
+    )
 
 
 torch.library.register_autograd(

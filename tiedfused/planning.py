@@ -334,7 +334,7 @@ def make_plan(
         kernels = ["forward"]
         if grad:
             kernels += ["weight_grad_atomic"] if grad_x and atomics else ["weight_grad"] + ["input_grad"] * grad_x
-        capability = max((c for c in tiles.ARCHITECTURES if c <= (capability or DEFAULT_CAPABILITY)))
+        capability = max(c for c in tiles.ARCHITECTURES if c <= (capability or DEFAULT_CAPABILITY))
         multiprocessors = GPUS[capability].multiprocessors
         if torch.cuda.is_available() and device_type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
@@ -349,7 +349,9 @@ def make_plan(
         regime, backend = "stream-H", "triton"
         reason = f"d {d} ≤ {TRITON_MAX_D}: a row tile stays on chip, the weight streams past once"
         if grad and grad_x and not atomics:
-            not_taken = (("one pass with atomics", "10 instead of 14 NdH executed, but not reproducible; not measured"),)
+            not_taken = (
+                ("one pass with atomics", "10 instead of 14 NdH executed, but not reproducible; not measured"),
+            )
     else:
         peak = _cpu(threads) if device_type == "cpu" else GPUS[DEFAULT_CAPABILITY]
         regime = backend = "tiled"
@@ -456,9 +458,7 @@ def _split(blocks: int, streamed_blocks: int, multiprocessors: int) -> int:
 def _torch_tile(n: int, d: int, h: int, dtype: torch.dtype, device_type: str) -> TorchTile:
     if device_type != "cpu":
         return TorchTile(GPU_TILE_N, GPU_TILE_H, "blas")
-    onednn = (
-        dtype in (torch.float32, torch.bfloat16) and n * d * h > ONEDNN_MIN_WORK and onednn_missing() is None
-    )
+    onednn = dtype in (torch.float32, torch.bfloat16) and n * d * h > ONEDNN_MIN_WORK and onednn_missing() is None
     return TorchTile(CPU_TILE, CPU_TILE, "onednn" if onednn else "blas")
 
 
@@ -466,8 +466,8 @@ def _torch_tile(n: int, d: int, h: int, dtype: torch.dtype, device_type: str) ->
 def onednn_missing() -> str | None:
     """Why the products on the CPU do not go to oneDNN, or None if they do.
 
-    On AVX-512 CPUs the fp32 products of oneDNN reach twice the rate of the BLAS that PyTorch calls by default where that
-    BLAS does not use AVX-512 (an EPYC with MKL: 450 against 210 GFLOP/s on 2 cores); elsewhere it is not measured.
+    On AVX-512 CPUs the fp32 products of oneDNN reach twice the rate of the BLAS that PyTorch calls by default where
+    that BLAS does not use AVX-512 (an EPYC with MKL: 450 against 210 GFLOP/s on 2 cores); elsewhere it is not measured.
     """
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"

@@ -36,9 +36,7 @@ def encode(x: Tensor, weight: Tensor, bias_enc: Tensor | None = None, *, activat
     return get_activation(activation).forward(pre_activation(x, weight, bias_enc))
 
 
-def decode(
-    h: Tensor, weight: Tensor, bias_dec: Tensor | None = None, *, output_activation: str = "identity"
-) -> Tensor:
+def decode(h: Tensor, weight: Tensor, bias_dec: Tensor | None = None, *, output_activation: str = "identity") -> Tensor:
     """The reconstruction y = g(h W + b_dec). h ``[..., H]``, weight ``[H, d]``, bias_dec ``[d]`` → ``[..., d]``."""
     return get_activation(output_activation, "output_activation").forward(pre_output(h, weight, bias_dec))
 

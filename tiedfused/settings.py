@@ -1,11 +1,11 @@
 """What a user may set for a whole process. Each is read once from the environment, when the package is imported.
 
-| variable                  | values                 | meaning                                                             |
-|---------------------------|------------------------|---------------------------------------------------------------------|
-| `TIEDFUSED_BACKEND`       | auto, triton, tiled    | which backend may serve (auto: the plan chooses)                    |
-| `TIEDFUSED_RECOMPUTE`     | auto, 0, 1             | the default of ``recompute=`` (auto: None, the plan chooses)        |
-| `TIEDFUSED_WORKSPACE_MIB` | a number, default 256  | the most that may be kept of the latent from forward to backward    |
-| `TIEDFUSED_ATOMICS`       | 0, 1                   | 1 allows the one-pass backward with atomics: not reproducible       |
+| variable                  | values              | meaning                                                          |
+|---------------------------|---------------------|------------------------------------------------------------------|
+| `TIEDFUSED_BACKEND`       | auto, triton, tiled | which backend may serve (auto: the plan chooses)                 |
+| `TIEDFUSED_RECOMPUTE`     | auto, 0, 1          | the default of ``recompute=`` (auto: None, the plan chooses)     |
+| `TIEDFUSED_WORKSPACE_MIB` | a number, 256       | the most that may be kept of the latent from forward to backward |
+| `TIEDFUSED_ATOMICS`       | 0, 1                | 1 allows the one-pass backward with atomics: not reproducible    |
 
 `override` changes them for the length of a ``with`` block.
 """

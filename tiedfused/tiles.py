@@ -116,19 +116,17 @@ def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: 
     }[kernel]
     row_bytes = block_d * itemsize
     latent = tile.block_n * tile.block_h
+    latent_tiles = 2 if weight_stationary else 1
     tensor_core = _tensor_core(capability, itemsize, rows)
 
     if itemsize == 4:
         # tf32 reads the streamed tile in two layouts through registers, unpipelined; ieee stages the latent instead
         copies = tile.num_stages + 1 if tensor_core == "tcgen05" else 2
         tf32 = ((2 if atomic else 1) * stationary + copies * streamed) * row_bytes
-        ieee = (stationary + streamed) * row_bytes + latent * {"weight_grad": 2, "weight_grad_atomic": 3}.get(
-            kernel, 1
-        ) * 4
+        ieee = (stationary + streamed) * row_bytes + (latent_tiles + atomic) * latent * itemsize
         shared = max(tf32, ieee)
     else:
-        latents = latent * (2 if weight_stationary else 1) * itemsize
-        scratch = latents if tensor_core == "mma" and (rows < 128 or block_d > 128) else 0
+        scratch = latent_tiles * latent * itemsize if tensor_core == "mma" and (rows < 128 or block_d > 128) else 0
         if atomic:
             scratch = max(scratch, latent * itemsize, tile.block_n * block_d * 4)
             if _tensor_core(capability, itemsize, tile.block_n) != tensor_core:
@@ -143,10 +141,11 @@ def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: 
     accumulator = rows * block_d / (32 * tile.num_warps)
     # warps beyond one for every 16 rows repeat the latent of others
     latent_registers = latent / (32 * min(tile.num_warps, rows // 16)) * (1 if kernel == "forward" else 2)
-    # Blackwell accumulates in tensor memory and moves one operand at a time into registers
-    live = max if tensor_core == "tcgen05" else lambda *operands: sum(operands)
-    registers = _ADDRESSING_REGISTERS + live(accumulator, latent_registers)
-    return Resources(shared_bytes=shared, registers_per_thread=math.ceil(registers))
+    if tensor_core == "tcgen05":  # accumulates in tensor memory, and moves one operand at a time into registers
+        live = max(accumulator, latent_registers)
+    else:
+        live = accumulator + latent_registers
+    return Resources(shared_bytes=shared, registers_per_thread=math.ceil(_ADDRESSING_REGISTERS + live))
 
 
 def check_tile(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: int) -> None:

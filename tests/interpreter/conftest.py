@@ -6,7 +6,7 @@ The interpreter keeps bf16 as raw uint16: it multiplies those integers, and trun
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,7 +71,7 @@ if INTERPRETED:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh memory with NaN, so that an element which no program writes is seen."""
     import torch
 
@@ -82,4 +82,3 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield

@@ -157,14 +157,14 @@ def test_results(rows: int, d: int, latents: int, dtype: torch.dtype) -> None:
     assert_close(case, results)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", activation_names())
 def test_activation(activation: str, dtype: torch.dtype) -> None:
     case = make_case(33, 20, 50, dtype, activation=activation)
     assert_close(case, launch(case))
 
 
-@pytest.mark.parametrize("split", (1, 3))
+@pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("output_activation", activation_names())
 def test_output_activation(output_activation: str, split: int) -> None:
     case = make_case(17, 20, 70, torch.float32, output_activation=output_activation)
@@ -172,14 +172,14 @@ def test_output_activation(output_activation: str, split: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("split", (2, 5, 9))
+@pytest.mark.parametrize("split", [2, 5, 9])
 def test_split(split: int, dtype: torch.dtype) -> None:
     """Parts of unequal size, and more parts than there are tiles."""
     case = make_case(70, 33, 150, dtype, output_activation="sigmoid")
     assert_close(case, launch(case, split=split))
 
 
-@pytest.mark.parametrize("split", (1, 2))
+@pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize(("bias_enc", "bias_dec"), [(False, False), (True, False), (False, True)])
 def test_without_bias(bias_enc: bool, bias_dec: bool, split: int) -> None:
     case = make_case(33, 17, 40, torch.bfloat16, bias_enc=bias_enc, bias_dec=bias_dec)
@@ -188,7 +188,8 @@ def test_without_bias(bias_enc: bool, bias_dec: bool, split: int) -> None:
 
 def test_fp32_bias_with_bf16_weight() -> None:
     case = make_case(33, 17, 40, torch.bfloat16)
-    assert case.bias_enc is not None and case.bias_dec is not None
+    assert case.bias_enc is not None
+    assert case.bias_dec is not None
     case.bias_enc, case.bias_dec = case.bias_enc.float() + 1e-3, case.bias_dec.float() + 1e-3
     assert_close(case, launch(case))
 
@@ -231,7 +232,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     assert_close(case, launch(case))
 
 
-@pytest.mark.parametrize("activation", ("sigmoid", "softplus"))
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus"])
 @pytest.mark.parametrize(("rows", "latents"), [(1, 1), (17, 33), (15, 31)])
 def test_masked_lanes_of_activations_not_zero_at_zero(rows: int, latents: int, activation: str) -> None:
     case = make_case(rows, 17, latents, torch.float32, activation=activation)
@@ -245,6 +246,15 @@ def test_masked_latents_do_not_leak_nan() -> None:
     results = launch(case)
     for name in ("y", "grad_bias_enc", "grad_x", "grad_x_atomic"):
         assert (results[name] == 0).all(), name
+
+
+def test_masked_latents_do_not_leak_nan_into_grad_x() -> None:
+    """An infinite ō times the zero rows beyond the last latent is NaN; every true term of x̄ here is +inf."""
+    case = make_case(1, 1, 17, torch.float32, activation="identity")
+    case.grad_pre, case.weight = torch.full((1, 1), float("inf")), -torch.ones(17, 1)
+    results = launch(case)
+    assert (results["grad_x"] == float("inf")).all()
+    assert (results["grad_x_atomic"] == float("inf")).all()
 
 
 def test_masked_rows_do_not_leak_nan() -> None:

@@ -101,8 +101,8 @@ class TiedLinear(nn.Module):
         """Initialise the weight, and set the biases to 0.
 
         Args:
-            init: ``"isometric"`` (default) draws W ~ N(0, s²) with s² = 1 / (max(d, H) · E[f′(z)]), z ~ N(0, 1). WᵀW (or,
-                for H < d, WWᵀ) is then close to the identity times 1 / E[f′], and by Stein's lemma
+            init: ``"isometric"`` (default) draws W ~ N(0, s²) with s² = 1 / (max(d, H) · E[f′(z)]), z ~ N(0, 1). WᵀW
+                (or, for H < d, WWᵀ) is then close to the identity times 1 / E[f′], and by Stein's lemma
                 E[f(Wx) W] ≈ E[f′] WᵀW x: the layer starts near the identity or a projection. ``"small"`` draws
                 0.01 · N(0, 1), which starts next to the saddle at W = 0: small, but slow to leave.
 
@@ -166,8 +166,8 @@ class TiedLinear(nn.Module):
         Args:
             encoder: its weight ``[H, d]`` and bias are copied.
             decoder: its bias is copied; its weight ``[d, H]`` must be the transpose of the encoder's.
-            options: as of `TiedLinear`, without sizes, device and dtype; `bias_mode` is ``"independent"`` if either layer
-                has a bias.
+            options: as of `TiedLinear`, without sizes, device and dtype; `bias_mode` is ``"independent"`` if either
+                layer has a bias.
 
         Raises:
             ValueError: the decoder's weight is not the transpose of the encoder's.
@@ -213,7 +213,11 @@ class TiedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """One line: sizes and what is not a default."""
-        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias_mode={self.bias_mode!r}"]
+        parts = [
+            f"in_features={self.in_features}",
+            f"out_features={self.out_features}",
+            f"bias_mode={self.bias_mode!r}",
+        ]
         parts += [
             f"{name}={value!r}"
             for name, value in (("activation", self.activation), ("output_activation", self.output_activation))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tiedfused.backends.triton.forward import forward as _forward
 from tiedfused.backends.triton.input_grad import input_grad
 from tiedfused.backends.triton.weight_grad import weight_grad
-from tiedfused.planning import Plan
+from tiedfused.planning import Pass, Plan
 
 # the kernels' offsets within a tile are 32 bits wide: 128 rows of 2²⁴ elements still fit
 _MAX_ROW_STRIDE = 1 << 24
@@ -20,21 +20,21 @@ def _short_rows(t: Tensor) -> Tensor:
     return t if t.stride(0) < _MAX_ROW_STRIDE else t.contiguous()
 
 
+def _options(one: Pass, plan: Plan) -> dict[str, Any]:
+    return {"activation": plan.activation, "tile": one.tile, "split": one.split, "precision": plan.precision}
+
+
 def forward(
     x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
 ) -> tuple[Tensor, None]:
     """y ``[N, d]``; the latent is never kept."""
-    (only,) = (p for p in plan.passes if p.kernel == "forward")
     y = _forward(
         _short_rows(x),
         _short_rows(weight),
         bias_enc,
         bias_dec,
-        activation=plan.activation,
         output_activation=plan.output_activation,
-        tile=only.tile,
-        split=only.split,
-        precision=plan.precision,
+        **_options(plan.passes[0], plan),
     )
     return y, None
 
@@ -48,17 +48,12 @@ def backward(
     plan: Plan,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, each None unless `needs` asks for it; `latent` is None."""
+    """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, None where `needs` does not ask; `latent` is None."""
     need_x, need_weight, need_bias = needs
     operands = (_short_rows(grad_z), _short_rows(x), _short_rows(weight), bias_enc)
     grad_x = grad_weight = grad_bias = None
     for one in plan.passes[1:]:
-        options: dict[str, Any] = {
-            "activation": plan.activation,
-            "tile": one.tile,
-            "split": one.split,
-            "precision": plan.precision,
-        }
+        options = _options(one, plan)
         if one.kernel == "input_grad":
             if need_x:
                 grad_x = input_grad(*operands, **options)
@@ -71,5 +66,5 @@ def backward(
     return (
         grad_x if need_x else None,
         grad_weight if need_weight else None,
-        grad_bias.to(x.dtype) if need_bias else None,
+        grad_bias.to(x.dtype) if need_bias and grad_bias is not None else None,
     )

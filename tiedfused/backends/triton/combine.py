@@ -40,6 +40,7 @@ def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Ac
         bias: [out.shape[-1]], any floating dtype, or None.
         activation: g, an entry with a Triton pair.
     """
+    assert activation.triton is not None
     size = out.numel()
     block = 1024
     combine_kernel[(triton.cdiv(size, block),)](

@@ -90,6 +90,9 @@ def forward(
     Returns:
         y [N, d], contiguous, in the dtype of `x`.
     """
+    epilogue = output_activation if split == 1 else IDENTITY
+    assert activation.triton is not None
+    assert epilogue.triton is not None
     N, D = x.shape
     H = weight.shape[0]
     y = torch.empty((N, D), dtype=x.dtype, device=x.device)
@@ -107,7 +110,7 @@ def forward(
         stride_x=x.stride(0),
         stride_w=weight.stride(0),
         ACTIVATION=activation.triton[0],
-        OUTPUT_ACTIVATION=(output_activation if split == 1 else IDENTITY).triton[0],
+        OUTPUT_ACTIVATION=epilogue.triton[0],
         PRECISION=precision,
         EVEN_H=H % tile.block_h == 0,
         EVEN_D=padded_d == D,

@@ -1,4 +1,4 @@
-"""Gradient of the input: ``x̄ = ā W`` with ``ā = (ō Wᵀ) ⊙ f′(x Wᵀ + b_enc)`` recomputed, one fetch of W for all three."""
+"""Gradient of the input: ``x̄ = ā W``, with ``ā = (ō Wᵀ) ⊙ f′(x Wᵀ + b_enc)`` recomputed; one fetch of W serves all."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def input_grad(
     Returns:
         x̄ [N, d], contiguous, in the dtype of `x`.
     """
+    assert activation.triton is not None
     N, D = x.shape
     H = weight.shape[0]
     grad_x = torch.empty((N, D), dtype=x.dtype, device=x.device)

@@ -123,6 +123,7 @@ def weight_grad(
     Returns:
         W̄ [H, d], contiguous, in the dtype of `weight`, and b̄_enc [H] in fp32.
     """
+    assert activation.triton is not None
     N, D = x.shape
     H = weight.shape[0]
     grad_w = torch.empty((H, D), dtype=weight.dtype, device=x.device)

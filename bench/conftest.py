@@ -1,0 +1,1 @@
+"""Microbenchmarks: ``pytest bench/`` runs them, with every option of pytest-benchmark."""

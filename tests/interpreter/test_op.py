@@ -1,0 +1,102 @@
+"""The public function served by the Triton backend, as on a GPU: plan, launchers and autograd together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import Problem, assert_layer_matches, outputs, problem
+
+import tiedfused
+from tiedfused import reference, settings
+from tiedfused.functional import tied_encode_decode
+
+pytestmark = pytest.mark.interpreter
+
+
+def layer(**options):
+    return lambda *operands: tied_encode_decode(*operands, **options)
+
+
+@pytest.fixture(autouse=True)
+def _triton_serves() -> None:
+    assert tiedfused.plan(5, 8, 16).backend == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "d", "h"), [(1, 1, 1), (33, 20, 70), (5, 64, 2000)])
+def test_sizes(n: int, d: int, h: int, dtype: torch.dtype) -> None:
+    assert_layer_matches(layer(), problem(n, d, h, dtype))
+
+
+@pytest.mark.parametrize(("activation", "output_activation"), [("silu", "sigmoid"), ("tanh", "gelu"), ("relu", "relu")])
+@pytest.mark.parametrize("biases", [True, False])
+def test_activations(activation: str, output_activation: str, biases: bool) -> None:
+    options = {"activation": activation, "output_activation": output_activation}
+    assert_layer_matches(layer(**options), problem(20, 17, 40, biases=biases, activation=activation), **options)
+
+
+def test_long_rows_are_copied() -> None:
+    p = problem(3, 8, 16)
+    base = torch.zeros(2 * (1 << 24) + 8)
+    x = base.as_strided((3, 8), (1 << 24, 1)).copy_(p.x.detach()).requires_grad_()
+    assert_layer_matches(layer(), Problem(x, *p.operands[1:], p.grad_y))
+
+
+def test_strides_and_expanded_gradients() -> None:
+    p = problem(20, 17, 40)
+    wide = torch.full((20, 50), float("nan"))
+    wide[:, 3:20] = p.x.detach()
+    assert_layer_matches(
+        layer(), Problem(wide[:, 3:20].requires_grad_(), *p.operands[1:], torch.tensor(0.3).expand(20, 17))
+    )
+
+
+def test_no_rows() -> None:
+    p = problem(0, 8, 16)
+    assert outputs(layer(), p)["grad_weight"].eq(0).all()
+
+
+@pytest.mark.parametrize("needed", [0b0001, 0b0010, 0b0100, 0b1000, 0b0110])
+def test_only_the_gradients_that_are_needed(needed: int) -> None:
+    p = problem(12, 8, 20)
+    for bit, t in enumerate(p.operands):
+        t.requires_grad_(bool(needed >> bit & 1))
+    tied_encode_decode(*p.operands).backward(p.grad_y)
+    expected = reference.gradients(p.grad_y, *p.operands)
+    for bit, t in enumerate(p.operands):
+        assert (t.grad is not None) == bool(needed >> bit & 1)
+        if t.grad is not None:
+            torch.testing.assert_close(t.grad, expected[bit], rtol=1e-4, atol=1e-5)
+
+
+def test_atomics() -> None:
+    with settings.override(atomics=True):
+        assert not tiedfused.plan(12, 8, 20).deterministic
+        assert_layer_matches(layer(), problem(12, 8, 20))
+
+
+def test_nothing_of_the_size_of_the_latent_is_saved() -> None:
+    saved: list[int] = []
+    p = problem(30, 4, 50)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        tied_encode_decode(*p.operands)
+    assert max(saved) == 50 * 4
+
+
+def test_keeping_the_latent_falls_back_to_tiles() -> None:
+    assert tiedfused.plan(12, 8, 20, recompute=False).backend == "tiled"
+    assert_layer_matches(layer(recompute=False), problem(12, 8, 20))
+
+
+def test_registered_op_and_compile() -> None:
+    torch._dynamo.reset()
+    p = problem(12, 8, 20)
+    compiled = torch.compile(tied_encode_decode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(outputs(compiled, p), outputs(layer(), p))
+    torch.library.opcheck(torch.ops.tiedfused.forward, (*p.operands, "relu", "sigmoid", False))
+
+
+def test_bitwise_reproducible() -> None:
+    p = problem(40, 16, 60, torch.bfloat16)
+    first, again = outputs(layer(), p), outputs(layer(), p)
+    assert all(torch.equal(first[name], again[name]) for name in first)
