@@ -1,8 +1,8 @@
 """tiedfused: the tied encode-decode layer, y = g(f(x Wᵀ + b_enc) W + b_dec), fused."""
 
 from tiedfused import functional, nn, reference, settings
+from tiedfused._backends import backends
 from tiedfused.activations import activation_names, register_activation
-from tiedfused.backends import backends
 from tiedfused.nn import TiedLinear
 from tiedfused.planning import Plan, plan
 

@@ -18,8 +18,8 @@ from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 
 from tiedfused import reference, settings
+from tiedfused._backends import BACKENDS
 from tiedfused.activations import IDENTITY, Activation, get_activation
-from tiedfused.backends import BACKENDS
 from tiedfused.op import apply_encode_decode, keeps_latent_for, last_stride_one, plan_for
 from tiedfused.planning import Plan
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tiedfused import planning, reference, settings
+from tiedfused._backends import BACKENDS
 from tiedfused.activations import Activation, get_activation
-from tiedfused.backends import BACKENDS
 from tiedfused.planning import Plan
 
 

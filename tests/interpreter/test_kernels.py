@@ -14,10 +14,10 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 set before triton is imported", allow_module_level=True)
 
+from tiedfused._backends.triton.forward import forward
+from tiedfused._backends.triton.input_grad import input_grad
+from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import activation_names, get_activation
-from tiedfused.backends.triton.forward import forward
-from tiedfused.backends.triton.input_grad import input_grad
-from tiedfused.backends.triton.weight_grad import weight_grad
 from tiedfused.tiles import Tile
 
 pytestmark = pytest.mark.interpreter

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.combine import combine
 from tiedfused.activations import IDENTITY, Activation
-from tiedfused.backends.triton.combine import combine
 from tiedfused.tiles import Tile, block_d
 
 

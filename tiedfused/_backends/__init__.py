@@ -14,12 +14,12 @@ import dataclasses
 import torch
 
 from tiedfused import planning
+from tiedfused._backends import tiled
 from tiedfused.activations import HAS_TRITON, IDENTITY
-from tiedfused.backends import tiled
 
 BACKENDS = {"tiled": tiled}
 if HAS_TRITON:
-    from tiedfused.backends import triton
+    from tiedfused._backends import triton
 
     BACKENDS["triton"] = triton
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiedfused.backends.triton.forward import forward as _forward
-from tiedfused.backends.triton.input_grad import input_grad
-from tiedfused.backends.triton.weight_grad import weight_grad
+from tiedfused._backends.triton.forward import forward as _forward
+from tiedfused._backends.triton.input_grad import input_grad
+from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.planning import Pass, Plan
 
 # the kernels' offsets within a tile are 32 bits wide: 128 rows of 2²⁴ elements still fit
@@ -20,6 +21,13 @@ def _short_rows(t: Tensor) -> Tensor:
     return t if t.stride(0) < _MAX_ROW_STRIDE else t.contiguous()
 
 
+def _device_of(t: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, whichever the tensors are on."""
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
+
+
 def _options(one: Pass, plan: Plan) -> dict[str, Any]:
     return {"activation": plan.activation, "tile": one.tile, "split": one.split, "precision": plan.precision}
 
@@ -28,14 +36,15 @@ def forward(
     x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
 ) -> tuple[Tensor, None]:
     """y ``[N, d]``; the latent is never kept."""
-    y = _forward(
-        _short_rows(x),
-        _short_rows(weight),
-        bias_enc,
-        bias_dec,
-        output_activation=plan.output_activation,
-        **_options(plan.passes[0], plan),
-    )
+    with _device_of(x):
+        y = _forward(
+            _short_rows(x),
+            _short_rows(weight),
+            bias_enc,
+            bias_dec,
+            output_activation=plan.output_activation,
+            **_options(plan.passes[0], plan),
+        )
     return y, None
 
 
@@ -52,17 +61,18 @@ def backward(
     need_x, need_weight, need_bias = needs
     operands = (_short_rows(grad_z), _short_rows(x), _short_rows(weight), bias_enc)
     grad_x = grad_weight = grad_bias = None
-    for one in plan.passes[1:]:
-        options = _options(one, plan)
-        if one.kernel == "input_grad":
-            if need_x:
-                grad_x = input_grad(*operands, **options)
-        elif one.kernel == "weight_grad_atomic":
-            sum_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            grad_weight, grad_bias = weight_grad(*operands, grad_x=sum_x, **options)
-            grad_x = sum_x.to(x.dtype)
-        elif need_weight or need_bias:
-            grad_weight, grad_bias = weight_grad(*operands, **options)
+    with _device_of(x):
+        for one in plan.passes[1:]:
+            options = _options(one, plan)
+            if one.kernel == "input_grad":
+                if need_x:
+                    grad_x = input_grad(*operands, **options)
+            elif one.kernel == "weight_grad_atomic":
+                sum_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+                grad_weight, grad_bias = weight_grad(*operands, grad_x=sum_x, **options)
+                grad_x = sum_x.to(x.dtype)
+            elif need_weight or need_bias:
+                grad_weight, grad_bias = weight_grad(*operands, **options)
     return (
         grad_x if need_x else None,
         grad_weight if need_weight else None,

@@ -1,0 +1,147 @@
+"""Compile the Triton kernels for GPUs that are not present, exactly as their launchers would.
+
+A launcher runs on meta tensors with its kernels' launches intercepted: arguments, and with them divisibility, constants
+and options, are the ones a real launch specialises on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from tiedfused._backends.triton.forward import forward
+from tiedfused._backends.triton.input_grad import input_grad
+from tiedfused._backends.triton.weight_grad import weight_grad
+from tiedfused.activations import get_activation
+from tiedfused.tiles import Tile
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What ptxas and the Triton compiler report for one kernel.
+
+    Args:
+        name: the kernel's function name.
+        registers: per thread.
+        stack_bytes: per thread; spilled registers live there.
+        shared_bytes: per block.
+        wgmma, mma, tcgen05: how many tensor-core instructions of each family the PTX holds.
+        ttgir: the kernel after layout assignment and pipelining.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    tcgen05: int
+    ttgir: str
+
+
+@contextlib.contextmanager
+def _record_launches() -> Iterator[list[tuple[JITFunction, dict[str, Any]]]]:
+    launches: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
+        launches.append((kernel, arguments))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def _compile(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> Compiled:
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    arguments = {**arguments, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**arguments)
+    options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        name=kernel.__name__,
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        shared_bytes=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        ttgir=compiled.asm["ttgir"],
+    )
+
+
+@functools.cache
+def compile_kernel(
+    kernel: str,
+    tile: Tile,
+    d: int,
+    dtype: torch.dtype,
+    capability: int,
+    *,
+    activation: str = "relu",
+    output_activation: str = "identity",
+    split: int = 1,
+    precision: str = "tf32",
+    rows: int = 4096,
+    latents: int = 4096,
+    bias: bool = True,
+) -> list[Compiled]:
+    """Every kernel that the launcher named `kernel` (see `tiedfused.tiles.KERNELS`) launches, in launch order."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight = empty(rows, d), empty(latents, d)
+    bias_enc, bias_dec = (empty(latents), empty(d)) if bias else (None, None)
+    common: dict[str, Any] = {
+        "activation": get_activation(activation),
+        "tile": tile,
+        "split": split,
+        "precision": precision,
+    }
+    launch: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(
+            x, weight, bias_enc, bias_dec, output_activation=get_activation(output_activation), **common
+        ),
+        "input_grad": lambda: input_grad(x, x, weight, bias_enc, **common),
+        "weight_grad": lambda: weight_grad(x, x, weight, bias_enc, **common),
+        "weight_grad_atomic": lambda: weight_grad(
+            x, x, weight, bias_enc, grad_x=empty(rows, d, dtype=torch.float32), **common
+        ),
+    }
+    with _record_launches() as launches:
+        launch[kernel]()
+    return [_compile(function, arguments, capability) for function, arguments in launches]
+
+
+def shared_copies(ttgir: str, rows: int, columns: int) -> int:
+    """How many shared-memory allocations hold [rows, columns] tiles, or their transpose; a ring of buffers is one."""
+    shapes = re.findall(r"ttg\.local_alloc[^\n]*-> !ttg\.memdesc<(?:\d+x)??(\d+)x(\d+)x[a-z]", ttgir)
+    return sum(sorted(map(int, shape)) == sorted((rows, columns)) for shape in shapes)

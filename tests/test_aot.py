@@ -1,0 +1,170 @@
+"""Every kernel with every packaged tile compiles, fits, and stays as fused as it is meant to be; no GPU needed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run without it", allow_module_level=True)
+
+from aot import Compiled, compile_kernel, shared_copies
+
+from tiedfused import tiles
+from tiedfused.activations import activation_names
+from tiedfused.tiles import ARCHITECTURES, KERNELS, Tile, block_d, check_tile, lookup, resources
+
+pytestmark = pytest.mark.aot
+
+PACKAGED = (80, 90, 100)
+WIDTHS = (16, 32, 64, 128, 256, 512)
+SMALL = Tile(block_n=32, block_h=64, num_warps=4, num_stages=2)
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def packaged_entries() -> list[tuple[str, int, int, int]]:
+    entries = []
+    for capability in PACKAGED:
+        packaged = tiles._packaged(capability)
+        assert packaged is not None
+        entries += [
+            (kernel, capability, int(itemsize), int(width))
+            for kernel, by_itemsize in packaged.items()
+            for itemsize, by_width in by_itemsize.items()
+            for width in by_width
+        ]
+    return entries
+
+
+def is_headline(kernel: str, itemsize: int, width: int) -> bool:
+    return itemsize == 2 and width >= 64 and not (kernel == "weight_grad_atomic" and width == 512)
+
+
+def assert_fits(compiled: Compiled, kernel: str, tile: Tile, width: int, itemsize: int, capability: int) -> None:
+    modelled = resources(kernel, tile, width, itemsize, capability)
+    assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
+    assert compiled.shared_bytes <= 1.03 * modelled.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "itemsize", "width"),
+    packaged_entries(),
+    ids=lambda value: str(value),
+)
+def test_packaged_tile(kernel: str, capability: int, itemsize: int, width: int) -> None:
+    dtype = DTYPES[itemsize]
+    tile, source = lookup(kernel, width, str(dtype).removeprefix("torch."), capability)
+    assert source == f"configs/sm{capability}.json"
+    (compiled,) = compile_kernel(kernel, tile, width, dtype, capability)
+    assert_fits(compiled, kernel, tile, width, itemsize, capability)
+    assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
+    if itemsize == 2:
+        assert resources(kernel, tile, width, itemsize, capability).shared_bytes <= 1.35 * compiled.shared_bytes
+        assert_one_copy_of_weight(compiled, kernel, tile, width)
+    if is_headline(kernel, itemsize, width):
+        assert compiled.stack_bytes == 0
+        if capability == 90:
+            assert compiled.wgmma > 0
+            assert compiled.mma == 0
+
+
+def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width: int) -> None:
+    n, h = tile.block_n, tile.block_h
+    others = {
+        "forward": [(n, width), (n, h)],
+        "input_grad": [(n, width), (n, width), (n, h)],
+        "weight_grad": [(2 * n, width), (h, 2 * n)],
+        "weight_grad_atomic": [(2 * n, width), (h, 2 * n), (h, n), (h, n)],
+    }[kernel]
+    same_shape = sum(sorted(other) == sorted((h, width)) for other in others)
+    assert 1 <= shared_copies(compiled.ttgir, h, width) <= 1 + same_shape
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", PACKAGED)
+def test_ieee(kernel: str, capability: int) -> None:
+    tile, _ = lookup(kernel, 128, "float32", capability)
+    (compiled,) = compile_kernel(kernel, tile, 128, torch.float32, capability, precision="ieee")
+    assert_fits(compiled, kernel, tile, 128, 4, capability)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fp16(kernel: str) -> None:
+    tile, _ = lookup(kernel, 128, "float16", 90)
+    (compiled,) = compile_kernel(kernel, tile, 128, torch.float16, 90)
+    assert_fits(compiled, kernel, tile, 128, 2, 90)
+    assert compiled.wgmma > 0
+    assert compiled.stack_bytes == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("capability", "dtype"), [(86, torch.bfloat16), (89, torch.float32), (120, torch.bfloat16)])
+def test_heuristic_tile(kernel: str, capability: int, dtype: torch.dtype) -> None:
+    tile, source = lookup(kernel, 256, str(dtype).removeprefix("torch."), capability)
+    assert source == "heuristic"
+    (compiled,) = compile_kernel(kernel, tile, 256, dtype, capability)
+    assert_fits(compiled, kernel, tile, 256, dtype.itemsize, capability)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", PACKAGED)
+@pytest.mark.parametrize("d", [33, 511])
+def test_odd_sizes_without_bias(kernel: str, d: int, capability: int) -> None:
+    """Rows that cp.async cannot load take another path than the one the tiles were chosen on."""
+    tile, _ = lookup(kernel, d, "bfloat16", capability)
+    (compiled,) = compile_kernel(kernel, tile, d, torch.bfloat16, capability, rows=1001, latents=777, bias=False)
+    assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_split(kernel: str) -> None:
+    compiled = compile_kernel(kernel, SMALL, 64, torch.bfloat16, 90, split=4, output_activation="sigmoid")
+    combines = 2 if kernel.startswith("weight_grad") else 1
+    assert [launch.name for launch in compiled[1:]] == ["combine_kernel"] * combines
+    assert all(launch.stack_bytes == 0 for launch in compiled)
+
+
+@pytest.mark.parametrize("activation", activation_names())
+@pytest.mark.parametrize("kernel", ["forward", "weight_grad"])
+def test_activation(kernel: str, activation: str) -> None:
+    (compiled,) = compile_kernel(
+        kernel, SMALL, 64, torch.bfloat16, 90, activation=activation, output_activation=activation
+    )
+    assert compiled.stack_bytes == 0
+    assert "f64" not in compiled.ttgir
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("d", [1, 17, *WIDTHS])
+def test_lookup_fits_or_refuses(kernel: str, d: int, dtype: str, capability: int) -> None:
+    itemsize = {"bfloat16": 2, "float32": 4}[dtype]
+    smallest = resources(kernel, Tile(16, 16, 8, 2), block_d(d), itemsize, capability)
+    if smallest.shared_bytes > ARCHITECTURES[capability].shared_bytes:
+        assert (block_d(d), itemsize) == (512, 4)
+        with pytest.raises(ValueError, match=rf"{kernel}: Tile\(.* bytes of shared memory"):
+            lookup(kernel, d, dtype, capability)
+    else:
+        tile, _ = lookup(kernel, d, dtype, capability)
+        check_tile(kernel, tile, block_d(d), itemsize, capability)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile", "width", "capability", "message"),
+    [
+        ("backward", Tile(64, 64, 4, 2), 64, 90, "kernel: 'backward' is none of"),
+        ("forward", Tile(64, 64, 4, 2), 64, 75, "capability: sm_75 is none of"),
+        ("forward", Tile(48, 64, 4, 2), 64, 90, "block_n must be a power of two"),
+        ("forward", Tile(64, 64, 3, 2), 64, 90, "num_warps must be"),
+        ("forward", Tile(64, 64, 4, 1), 64, 80, "num_stages must be at least 2"),
+        ("forward", Tile(64, 64, 4, 2), 1024, 90, "rows of more than 512 elements"),
+        ("forward", Tile(128, 128, 8, 3), 256, 90, r"needs \d+ bytes of shared memory .* sm_90 has 232448"),
+        ("weight_grad", Tile(16, 128, 4, 2), 256, 90, r"needs at least \d+ registers .* sm_90 has 255"),
+    ],
+)
+def test_refused_tile(kernel: str, tile: Tile, width: int, capability: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_tile(kernel, tile, width, 2, capability)
