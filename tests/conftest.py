@@ -43,14 +43,15 @@ def fresh_plans() -> Iterator[None]:
 
 @pytest.fixture(params=["onednn", "blas"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> str:
-    """CPU tiles of 16 × 16, so that small problems have many, of both product libraries; returns the library."""
+    """CPU tiles of 16 × 16 (fp32), so that small problems have many, of both product libraries; returns the library."""
     if request.param == "onednn":
         if (why := planning.onednn_missing()) is not None:
             pytest.skip(why)
         monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 0)
     else:
         monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 1 << 62)
-    monkeypatch.setattr(planning, "CPU_TILE", 16)
+    monkeypatch.setattr(planning, "CPU_TILE_H", 16)
+    monkeypatch.setattr(planning, "CPU_TILE_BYTES", 16 * 16 * 4)
     return request.param
 
 

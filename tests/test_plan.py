@@ -189,13 +189,13 @@ def test_backends() -> None:
 
 
 def test_onednn_serves_large_float32_and_bfloat16_products_only() -> None:
-    def gemm(*shape: int, dtype: torch.dtype = torch.float32) -> str:
+    def products(*shape: int, dtype: torch.dtype = torch.float32) -> str:
         tile = plan(*shape, dtype=dtype).passes[0].tile
         assert isinstance(tile, TorchTile)
-        return tile.gemm
+        return tile.products
 
     large = "blas" if planning.onednn_missing() else "onednn"
-    assert gemm(8192, 128, 8192) == large
-    assert gemm(8192, 128, 8192, dtype=BF16) == large
-    assert gemm(8192, 128, 8192, dtype=torch.float64) == "blas"
-    assert gemm(4, 8, 16) == "blas"
+    assert products(8192, 128, 8192) == large
+    assert products(8192, 128, 8192, dtype=BF16) == large
+    assert products(8192, 128, 8192, dtype=torch.float64) == "blas"
+    assert products(4, 8, 16) == "blas"

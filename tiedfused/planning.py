@@ -21,9 +21,11 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
 DEFAULT_CAPABILITY = 90  # what "cuda" means where no GPU is present
 
-# A tile of the latent is written and read back at once, so it should stay in the L2 cache: 1024 × 1024 was the best or
-# within 5% of the best of the sizes 64…4096 × 512…H on a 2-core EPYC (Zen 5), d 64…768, fp32 and bf16.
-CPU_TILE = 1024
+# A tile of the latent is written and read back at once, so it should stay in the L2 cache: of 256…2048 rows × 512…2048
+# latents, d 64…784, 512 × 1024 in fp32 and 1024 × 1024 in bf16, both 2 MiB, were the fastest or within 3% of it, on a
+# 2-core EPYC (Zen 5) with 2 MiB of L2 in all.
+CPU_TILE_H = 1024
+CPU_TILE_BYTES = 2 * settings.MIB
 # The same thought for a GPU whose L2 holds 40 MB or more (bf16: 32 MiB); not measured.
 GPU_TILE_N, GPU_TILE_H = 8192, 2048
 # From here on reading the kept latent is cheaper than the product that recomputes it: on the CPU above, fp32, keeping
@@ -59,11 +61,11 @@ CPU_FLOP_PER_CYCLE = {"AVX512": 64, "AVX2": 32}
 
 @dataclasses.dataclass(frozen=True)
 class TorchTile:
-    """A tile of the tiled PyTorch backend: [block_n, block_h] of the latent, and the library of its products."""
+    """A tile of the tiled PyTorch backend: [block_n, block_h] of the latent, and the library that multiplies."""
 
     block_n: int
     block_h: int
-    gemm: str
+    products: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +300,7 @@ def keeps_latent(n: int, d: int, h: int, dtype: torch.dtype, triton_serves: bool
     if triton_serves:
         return False
     # one tile's worth costs nothing to keep, and saves the host time of a product on tiny problems
-    cheap = d >= KEEP_LATENT_MIN_D or n * h <= CPU_TILE**2
+    cheap = d >= KEEP_LATENT_MIN_D or n * h * dtype.itemsize <= CPU_TILE_BYTES
     return cheap and n * h * dtype.itemsize <= in_force.workspace_bytes
 
 
@@ -421,7 +423,7 @@ def _tiled_passes(
         return (forward,)
     products = 3 + (not save_latent) + grad_x
     workspace = 4 * latent_tile + min(tile.block_h, h) * d * sums
-    workspace += 2 * x * (tile.gemm == "onednn") + n * d * sums * (grad_x and itemsize < sums)
+    workspace += 2 * min(tile.block_n, n) * d * itemsize + n * d * sums * (grad_x and itemsize < sums)
     bytes_moved = 2 * x + 2 * w + x * grad_x + saved
     return forward, Pass("backward", tile, "default", 1, 2 * products * n * d * h, bytes_moved, workspace)
 
@@ -457,9 +459,16 @@ def _split(blocks: int, streamed_blocks: int, multiprocessors: int) -> int:
 
 def _torch_tile(n: int, d: int, h: int, dtype: torch.dtype, device_type: str) -> TorchTile:
     if device_type != "cpu":
-        return TorchTile(GPU_TILE_N, GPU_TILE_H, "blas")
+        return TorchTile(_even(n, GPU_TILE_N), _even(h, GPU_TILE_H), "blas")
     onednn = dtype in (torch.float32, torch.bfloat16) and n * d * h > ONEDNN_MIN_WORK and onednn_missing() is None
-    return TorchTile(CPU_TILE, CPU_TILE, "onednn" if onednn else "blas")
+    rows = CPU_TILE_BYTES // (CPU_TILE_H * dtype.itemsize)
+    return TorchTile(_even(n, rows), _even(h, CPU_TILE_H), "onednn" if onednn else "blas")
+
+
+def _even(size: int, block: int) -> int:
+    """At most `block`, a multiple of 16, and such that the blocks of `size` are of nearly the same size."""
+    blocks = max(1, math.ceil(size / block))
+    return max(1, size if blocks == 1 else 16 * math.ceil(size / blocks / 16))
 
 
 @functools.cache
