@@ -46,6 +46,18 @@ def test_output_activations(output_activation: str, dtype: torch.dtype, device: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output_activation", BUILT_IN)
+def test_inference(small_tiles: str, output_activation: str, dtype: torch.dtype, device: str) -> None:
+    p = problem(40, 12, 30, dtype, device)
+    options = {"activation": "silu", "output_activation": output_activation}
+    with torch.no_grad():
+        y, eager = (call(*p.operands, **options) for call in (tied_encode_decode, reference.tied_encode_decode))
+        truth = reference.tied_encode_decode(*p.to(torch.float64).operands, **options)
+    assert_close(y, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recompute", [None, True, False])
 @pytest.mark.parametrize("biases", [True, False])
 def test_biases(biases: bool, recompute: bool | None, device: str) -> None:

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from numerics import Problem, outputs, problem
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -65,9 +66,9 @@ def test_double_backward_through_a_shared_graph() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(save_latent: bool, needs: list[bool], device: str) -> None:
     p = small(torch.float32, device)
-    torch.library.opcheck(torch.ops.tiedfused.forward, (*p.operands, "relu", "sigmoid", save_latent))
+    torch.library.opcheck(torch.ops.tiedfused.forward, (*p.operands, "relu", save_latent))
     x, weight, bias_enc, bias_dec = detached(p)
-    y, latent = torch.ops.tiedfused.forward(x, weight, bias_enc, bias_dec, "relu", "identity", save_latent)
+    y, latent = torch.ops.tiedfused.forward(x, weight, bias_enc, bias_dec, "relu", save_latent)
     torch.library.opcheck(
         torch.ops.tiedfused.backward,
         (torch.randn_like(y), x, weight, bias_enc, latent, "relu", save_latent, needs),
@@ -109,6 +110,21 @@ def test_compile(dynamic: bool, recompute: bool | None, output_activation: str) 
 def test_compile_with_inductor(device: str) -> None:
     torch._dynamo.reset()
     assert_same(torch.compile(tied_encode_decode, fullgraph=True), small(torch.float32, device))
+
+
+def test_compiled_graphs_call_the_op_forward_and_backward() -> None:
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    p = small()
+    torch.compile(tied_encode_decode, fullgraph=True, backend=backend)(*p.operands).backward(p.grad_y)
+    assert "tiedfused.forward.default" in graphs[0]
+    assert "tiedfused.backward.default" in graphs[1]
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
@@ -268,7 +284,7 @@ def test_saved_tensors(activation: str, recompute: bool, compiled: bool) -> None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         y = layer(*p.operands)
     del y
-    # x, weight, bias_enc and y; and the latent, once, where it is kept
+    # x, weight, bias_enc and, for the sigmoid, y; and the latent, once, where it is kept
     assert sum(size == n * h for size in saved) == (not recompute)
     assert max(saved) == (h * d if recompute else n * h)
 

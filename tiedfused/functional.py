@@ -19,9 +19,9 @@ from torch.compiler import is_compiling
 
 from tiedfused import reference, settings
 from tiedfused._backends import BACKENDS
-from tiedfused.activations import IDENTITY, Activation, get_activation
+from tiedfused.activations import Activation, get_activation
 from tiedfused.op import apply_encode_decode, keeps_latent_for, last_stride_one, plan_for
-from tiedfused.planning import Plan
+from tiedfused.planning import Plan, fused_output
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -59,7 +59,7 @@ def tied_encode_decode(
     Returns:
         y ``[..., d]``, in x's dtype (under autocast, autocast's).
 
-    Saved for backward are x, weight, bias_enc, y where g has a gradient, and the latent if it is kept. Gradients are
+    Saved for backward are x, weight, bias_enc, what g's own gradient reads, and the latent if it is kept. Gradients are
     computed for those inputs that need one; W̄ adds both of its terms in one accumulator of at least fp32. See
     `tiedfused.reference` for the formulas and `tiedfused.plan` for what serves a given problem.
 
@@ -124,7 +124,7 @@ def tied_encode_decode(
         f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
-        plan = _plans[key] = plan_for(x, weight, f, g if g.from_output else IDENTITY, grad, grad_x, recompute)
+        plan = _plans[key] = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute)
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not rows.is_contiguous():
@@ -136,7 +136,6 @@ def tied_encode_decode(
     else:
         y = BACKENDS[plan.backend].forward(rows, weight, bias_enc, bias_dec, plan)[0]
     if plan.output_activation.name != output_activation:
-        # g's gradient needs the pre-output, which autograd saves here as it does for any other activation
         y = get_activation(output_activation).forward(y)
     return y if rows is x or x.dim() == 2 else y.view(x.shape)
 
@@ -163,11 +162,9 @@ def _dispatched(
             x, weight, bias_enc, bias_dec, activation=activation, output_activation=output_activation
         )
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    inner = g if g.from_output else IDENTITY
-    save_latent = is_grad_enabled() and keeps_latent_for(rows, weight, f, inner, recompute)
-    y, _ = torch.ops.tiedfused.forward.default(rows, weight, bias_enc, bias_dec, f.name, inner.name, save_latent)
-    if inner is not g:
-        y = g.forward(y)
+    save_latent = is_grad_enabled() and keeps_latent_for(rows, weight, f, recompute)
+    z, _ = torch.ops.tiedfused.forward.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
+    y = g.forward(z)
     return y if rows is x else y.view(x.shape)
 
 

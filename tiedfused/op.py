@@ -4,9 +4,13 @@ Two doors lead to the same backends. `torch.ops.tiedfused.forward` carries autog
 tensor subclasses and dispatch modes. `EncodeDecode`, a plain autograd Function, is the eager fast path: a dispatcher
 hop and `register_autograd` would cost more than a small problem's arithmetic. `functional` picks the door.
 
-Saved for backward: x, weight, bias_enc, y if g has a gradient, and the latent only if the plan keeps it. Backward
-recomputes the latent tile by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch
-instead, so that second derivatives are right; that form stores the latent.
+g is part of the op in inference only. In training it follows as an operation of its own: autograd then saves y or the
+pre-output, whichever g's gradient reads, and frees it, and ȳ, before this op's backward starts; inside the op both
+would stay alive through it.
+
+Saved for backward: x, weight, bias_enc, and the latent only if the plan keeps it. Backward recomputes the latent tile
+by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch instead, so that second
+derivatives are right; that form stores the latent.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tiedfused import planning, reference, settings
 from tiedfused._backends import BACKENDS
-from tiedfused.activations import Activation, get_activation
+from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.planning import Plan
 
 
@@ -27,10 +31,10 @@ def _capability(x: Tensor) -> int | None:
     return planning.cuda_capability(x.device.index) if x.device.type == "cuda" else None
 
 
-def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, g: Activation, recompute: bool | None) -> bool:
+def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None) -> bool:
     """Whether a training step on x ``[N, d]`` keeps the latent; x may have symbolic sizes."""
     n, d = x.shape
-    refusal = planning.why_not_triton(d, x.dtype, x.device.type, _capability(x), f, g, recompute is False)
+    refusal = planning.why_not_triton(d, x.dtype, x.device.type, _capability(x), f, recompute is False)
     return planning.keeps_latent(n, d, weight.shape[0], x.dtype, refusal is None, recompute)
 
 
@@ -82,31 +86,27 @@ class EncodeDecode(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
     ) -> Tensor:
-        """y ``[N, d]``."""
-        y, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+        """The pre-output z ``[N, d]``."""
+        z, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
         ctx.plan = plan
-        ctx.save_for_backward(x, weight, bias_enc, latent, None if plan.output_activation.is_identity else y)
-        return y
+        ctx.save_for_backward(x, weight, bias_enc, latent)
+        return z
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x, weight, bias_enc and bias_dec."""
         plan, needs = ctx.plan, ctx.needs_input_grad
         if torch.is_autocast_enabled(plan.device):  # the backward runs in the precision of the forward
             with torch.autocast(plan.device, enabled=False):
-                return EncodeDecode.backward(ctx, grad_y)
-        x, weight, bias_enc, latent, y = ctx.saved_tensors
-        grad_z = grad_y if y is None else plan.output_activation.backward(grad_y, y)
+                return EncodeDecode.backward(ctx, grad_z)
+        x, weight, bias_enc, latent = ctx.saved_tensors
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation)
         else:
             grad_z = last_stride_one(grad_z)
             grads = BACKENDS[plan.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
-        return (
-            *(g if need else None for g, need in zip(grads, needs, strict=False)),
-            (grad_z.sum(0) if needs[3] else None),
-            None,
-        )
+        grad_bias_dec = grad_z.sum(0) if needs[3] else None
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None
 
 
 # `Function.apply` without its Python wrapper, whose work (functorch, default arguments) is done before we get here:
@@ -118,8 +118,8 @@ apply_encode_decode = super(torch.autograd.Function, EncodeDecode).apply
 
 _library = torch.library.Library("tiedfused", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, str output_activation, "
-    "bool save_latent) -> (Tensor y, Tensor latent)"
+    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent) "
+    "-> (Tensor z, Tensor latent)"
 )
 _library.define(
     "backward(Tensor grad_z, Tensor x, Tensor weight, Tensor? bias_enc, Tensor latent, str activation, "
@@ -133,14 +133,12 @@ def _op_forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     activation: str,
-    output_activation: str,
     save_latent: bool,
 ) -> tuple[Tensor, Tensor]:
-    f, g = get_activation(activation), get_activation(output_activation)
     x, weight = last_stride_one(x), last_stride_one(weight)
-    plan = plan_for(x, weight, f, g, save_latent, True, not save_latent)
-    y, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
-    return y, x.new_empty(0) if latent is None else latent.view(-1)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
+    z, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+    return z, x.new_empty(0) if latent is None else latent.view(-1)
 
 
 def _op_backward(
@@ -153,9 +151,8 @@ def _op_backward(
     save_latent: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f, identity = get_activation(activation), get_activation("identity")
     grad_z, x, weight = last_stride_one(grad_z), last_stride_one(x), last_stride_one(weight)
-    plan = plan_for(x, weight, f, identity, True, needs[0], not save_latent)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent)
     grads = BACKENDS[plan.backend].backward(
         grad_z, x, weight, bias_enc, latent if save_latent else None, plan, (needs[0], needs[1], needs[2])
     )
@@ -169,7 +166,7 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("tiedfused::forward", lib=_library)
-def _fake_forward(x, weight, bias_enc, bias_dec, activation, output_activation, save_latent):  # type: ignore[no-untyped-def]
+def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty(x.shape[0] * weight.shape[0] if save_latent else 0)
 
 
@@ -180,21 +177,18 @@ def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent,
 
 
 def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias_enc, _, activation, output_activation, save_latent = inputs
-    y, latent = output
-    ctx.activation, ctx.output_activation, ctx.save_latent = activation, output_activation, save_latent
+    x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
+    latent = output[1]
     ctx.mark_non_differentiable(latent)
     ctx.set_materialize_grads(False)
-    identity = get_activation(output_activation).is_identity
-    ctx.save_for_backward(x, weight, bias_enc, latent, None if identity else y)
+    ctx.save_for_backward(x, weight, bias_enc, latent)
 
 
-def _op_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 7
-    x, weight, bias_enc, latent, y = ctx.saved_tensors
+def _op_autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_z is None:
+        return (None,) * 6
+    x, weight, bias_enc, latent = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_z = grad_y if y is None else get_activation(ctx.output_activation).backward(grad_y, y)
     grads: tuple[Tensor, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = _differentiable_backward(grad_z, x, weight, bias_enc, get_activation(ctx.activation))
@@ -202,13 +196,8 @@ def _op_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Ten
         grads = torch.ops.tiedfused.backward.default(
             grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3])
         )
-    return (
-        *(g if need else None for g, need in zip(grads, needs, strict=False)),
-        (grad_z.sum(0) if needs[3] else None),
-        None,
-        None,
-        None,
-    )
+    grad_bias_dec = grad_z.sum(0) if needs[3] else None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None, None
 
 
 torch.library.register_autograd("tiedfused::forward", _op_autograd, setup_context=_op_setup_context, lib=_library)

@@ -13,7 +13,7 @@ import os
 import torch
 
 from tiedfused import settings, tiles
-from tiedfused.activations import HAS_TRITON, Activation, get_activation
+from tiedfused.activations import HAS_TRITON, IDENTITY, Activation, get_activation
 from tiedfused.tiles import Tile
 
 TRITON_MAX_D = 512
@@ -103,7 +103,7 @@ class Plan:
         dtype: of every operand.
         device: ``"cpu"``, ``"cuda"``, …
         activation: f.
-        output_activation: g.
+        output_activation: g if the kernels apply it, in inference; else the identity, and g follows as an operation.
         regime: ``"stream-H"`` or ``"tiled"``.
         backend: ``"triton"`` or ``"tiled"``.
         precision: of fp32 products in the Triton kernels, ``"ieee"`` or ``"tf32"``.
@@ -160,7 +160,7 @@ class Plan:
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (label, value) pairs, for tables and text."""
         shape = f"N {self.n}, d {self.d}, H {self.h}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
-        functions = f"f {self.activation.name}, g {self.output_activation.name}"
+        functions = f"f {self.activation.name}, g inside {self.output_activation.name}"
         rows = [("problem", f"{shape}; {functions}"), ("regime", self.regime), ("backend", self.backend)]
         for p in self.passes:
             sizes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(p.tile).items())
@@ -231,13 +231,19 @@ def plan(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}; expected an integer of {least} or more")
     device = torch.device(device)
-    f, g = get_activation(activation), get_activation(output_activation, "output_activation")
+    f = get_activation(activation)
+    g = fused_output(get_activation(output_activation, "output_activation"), grad)
     if capability is None and device.type == "cuda":
         capability = cuda_capability(device.index)
     return make_plan(
         n, d, h, dtype, device.type, device.index, capability, f, g, grad, grad_x, recompute,
         torch.get_float32_matmul_precision(), torch.get_num_threads(), allow_atomics(), settings.current(),
     )  # fmt: skip
+
+
+def fused_output(g: Activation, grad: bool) -> Activation:
+    """What the op applies to the pre-output: g in inference, if the kernels have it; else the identity, g following."""
+    return IDENTITY if grad or g.triton is None else g
 
 
 def allow_atomics() -> bool:
@@ -265,7 +271,6 @@ def why_not_triton(
     device_type: str,
     capability: int | None,
     f: Activation,
-    g: Activation,
     keep_latent: bool,
 ) -> str | None:
     """Why the Triton kernels do not serve a problem, or None if they do."""
@@ -283,9 +288,8 @@ def why_not_triton(
         return f"its kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     if d > TRITON_MAX_D:
         return f"d {d} is above {TRITON_MAX_D}: a row tile and its accumulator no longer fit on chip"
-    for activation in (f, g):
-        if activation.triton is None:
-            return f"activation {activation.name!r} was registered without Triton functions"
+    if f.triton is None:
+        return f"activation {f.name!r} was registered without Triton functions"
     if keep_latent:
         return "its kernels recompute the latent, and recompute=False asks to keep it"
     return None
@@ -329,7 +333,7 @@ def make_plan(
     asked_to_keep = grad and (in_force.recompute if recompute is None else recompute) is False
     not_taken: tuple[tuple[str, str], ...] = ()
     passes: tuple[Pass, ...] = ()
-    refusal = why_not_triton(d, dtype, device_type, capability, f, g, asked_to_keep)
+    refusal = why_not_triton(d, dtype, device_type, capability, f, asked_to_keep)
     if n == 0:
         refusal = "there are no rows: y is empty, gradients are zero"
     if refusal is None:

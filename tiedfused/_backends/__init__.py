@@ -42,5 +42,5 @@ def backends() -> tuple[BackendStatus, ...]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     capability = planning.cuda_capability(None) if device == "cuda" else None
-    refusal = planning.why_not_triton(1, torch.float32, device, capability, IDENTITY, IDENTITY, keep_latent=False)
+    refusal = planning.why_not_triton(1, torch.float32, device, capability, IDENTITY, keep_latent=False)
     return BackendStatus("triton", refusal), BackendStatus("tiled", None)

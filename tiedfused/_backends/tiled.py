@@ -96,8 +96,17 @@ def _keep_freed_tiles() -> None:
     torch.empty(16 << 20, dtype=torch.uint8)
 
 
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _sum_for(out: Tensor) -> Tensor:
+    """Where to add up the tiles of `out`: `out` itself, or an fp32 buffer if its dtype is narrower."""
+    narrow = out.dtype in (torch.bfloat16, torch.float16)
+    return torch.empty(out.shape, dtype=torch.float32, device=out.device) if narrow else out
+
+
+def _add(total: Tensor, part: Tensor, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def forward(
@@ -121,16 +130,30 @@ def forward(
     biases = _rows(bias_enc, tile.block_h) if bias_enc is not None else [None] * len(weights)
     y = x.new_empty(n, plan.d)
     for i, (x_i, y_i) in enumerate(zip(_rows(x, tile.block_n), _rows(y, tile.block_n), strict=True)):
-        total = None
+        sum_y = _sum_for(y_i)
         for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
-            latent, saved = _encode(products, x_i, w_j, b_j, f)
-            if blocks is not None:
-                blocks[i][j].copy_(saved)
-            part = products.linear(latent, w_j.t(), bias_dec if j == 0 else None, IDENTITY)
-            total = part.to(_accumulator_dtype(x.dtype)) if total is None else total.add_(part)
-        assert total is not None
-        y_i.copy_(g.forward(total))
+            block = blocks[i][j] if blocks is not None else None
+            _forward_tile(products, f, x_i, w_j, b_j, bias_dec if j == 0 else None, block, sum_y, j == 0)
+        y_i.copy_(g.forward(sum_y))
     return y, kept
+
+
+def _forward_tile(
+    products: _Products,
+    f: Activation,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    block: Tensor | None,
+    sum_y: Tensor,
+    first: bool,
+) -> None:
+    """Add one tile's part to the sum of y; a function, so that the tile is freed before the next is made."""
+    h, saved = _encode(products, x, weight, bias_enc, f)
+    if block is not None:
+        block.copy_(saved)
+    _add(sum_y, products.linear(h, weight.t(), bias_dec, IDENTITY), first)
 
 
 def backward(
@@ -153,42 +176,72 @@ def backward(
     need_x, need_weight, need_bias = needs
     if plan.n <= tile.block_n and plan.h <= tile.block_h and tile.products == "blas":
         return _one_tile_backward(grad_z, x, weight, bias_enc, latent, f, needs)
-    accumulator = _accumulator_dtype(x.dtype)
+
     blocks = _latent_blocks(latent, plan.n, plan.h, tile) if latent is not None else None
-    x_rows, grad_rows = _rows(x, tile.block_n), _rows(grad_z, tile.block_n)
     weights = _rows(weight, tile.block_h)
     biases = _rows(bias_enc, tile.block_h) if bias_enc is not None else [None] * len(weights)
-
-    grad_x = torch.empty(x.shape, dtype=accumulator, device=x.device) if need_x else None
-    grad_x_rows = _rows(grad_x, tile.block_n) if grad_x is not None else None
+    grad_x = x.new_empty(x.shape) if need_x else None
     grad_weight = weight.new_empty(weight.shape) if need_weight else None
-    grad_bias = torch.zeros(plan.h, dtype=accumulator, device=x.device) if need_bias else None
+    grad_bias = weight.new_empty(plan.h) if need_bias else None
+    sum_x = _sum_for(grad_x) if grad_x is not None else None
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)
-        total = None
-        for i, (x_i, grad_i) in enumerate(zip(x_rows, grad_rows, strict=True)):
-            if blocks is None:
-                h, saved = _encode(products, x_i, w_j, b_j, f)
-            else:
-                saved = blocks[i][j]
-                h = saved if f.from_output else f.forward(saved)
-            grad_a = f.backward(products.linear(grad_i, w_j, None, IDENTITY), saved)
-            if grad_bias is not None:
-                grad_bias[h_j] += grad_a.sum(0)
-            if grad_weight is not None:
-                part = products.outer(grad_a, x_i)  # [block_h, d]
-                total = part.to(accumulator) if total is None else total.add_(part)
-                total.add_(products.outer(h, grad_i))
-            if grad_x_rows is not None:
-                part = products.linear(grad_a, w_j.t(), None, IDENTITY)
-                grad_x_rows[i].copy_(part) if j == 0 else grad_x_rows[i].add_(part)
-        if grad_weight is not None and total is not None:
-            grad_weight[h_j] = total
-    return (
-        None if grad_x is None else grad_x.to(x.dtype),
-        grad_weight,
-        None if grad_bias is None else grad_bias.to(x.dtype),
-    )
+        sum_weight = _sum_for(grad_weight[h_j]) if grad_weight is not None else None
+        sum_bias = _sum_for(grad_bias[h_j]) if grad_bias is not None else None
+        for i, (x_i, grad_i) in enumerate(zip(_rows(x, tile.block_n), _rows(grad_z, tile.block_n), strict=True)):
+            _backward_tile(
+                products,
+                f,
+                x_i,
+                grad_i,
+                w_j,
+                b_j,
+                blocks[i][j] if blocks is not None else None,
+                _rows(sum_x, tile.block_n)[i] if sum_x is not None else None,
+                sum_weight,
+                sum_bias,
+                first_rows=i == 0,
+                first_latents=j == 0,
+            )
+        if grad_weight is not None and sum_weight is not None:
+            grad_weight[h_j] = sum_weight
+        if grad_bias is not None and sum_bias is not None:
+            grad_bias[h_j] = sum_bias
+    if grad_x is not None and sum_x is not None:
+        grad_x.copy_(sum_x)
+    return grad_x, grad_weight, grad_bias
+
+
+def _backward_tile(
+    products: _Products,
+    f: Activation,
+    x: Tensor,
+    grad_z: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    block: Tensor | None,
+    sum_x: Tensor | None,
+    sum_weight: Tensor | None,
+    sum_bias: Tensor | None,
+    *,
+    first_rows: bool,
+    first_latents: bool,
+) -> None:
+    """Add one tile's part to each sum there is."""
+    if block is None:
+        h, saved = _encode(products, x, weight, bias_enc, f)
+    else:
+        saved = block
+        h = saved if f.from_output else f.forward(saved)
+    grad_a = f.backward(products.linear(grad_z, weight, None, IDENTITY), saved)
+    del saved  # where it is the pre-activation, nothing needs it any more
+    if sum_bias is not None:
+        _add(sum_bias, grad_a.sum(0), first_rows)
+    if sum_weight is not None:
+        _add(sum_weight, products.outer(grad_a, x), first_rows)
+        sum_weight.add_(products.outer(h, grad_z))
+    if sum_x is not None:
+        _add(sum_x, products.linear(grad_a, weight.t(), None, IDENTITY), first_latents)
 
 
 def _one_tile_backward(
