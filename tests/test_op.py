@@ -6,9 +6,11 @@ import copy
 import gc
 import io
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from numerics import Problem, outputs, problem
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -116,9 +118,9 @@ def test_compiled_graphs_call_the_op_forward_and_backward() -> None:
     torch._dynamo.reset()
     graphs: list[list[str]] = []
 
-    def compiler(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+    def compiler(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         graphs.append([str(node.target) for node in graph.graph.nodes])
-        return graph
+        return make_boxed_func(graph)
 
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
     p = small()

@@ -10,10 +10,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 set before triton is imported", allow_module_level=True)
 
 import torch
+import triton
+import triton.language as tl
 from numerics import Problem, assert_layer_matches, outputs, problem
 
 import tiedfused
-from tiedfused import reference, settings
+from tiedfused import activations, reference, settings
 from tiedfused.functional import tied_encode_decode
 
 pytestmark = pytest.mark.interpreter
@@ -51,6 +53,30 @@ def test_inference_applies_g_inside(output_activation: str) -> None:
         y = tied_encode_decode(*p.operands, output_activation=output_activation)
         expected = reference.tied_encode_decode(*p.operands, output_activation=output_activation)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def _squared_relu(a):
+    return tl.where(a > 0.0, a * a, 0.0)
+
+
+@triton.jit
+def _squared_relu_derivative(a, h):
+    return tl.where(a > 0.0, 2.0 * a, 0.0)
+
+
+def test_activation_of_a_user() -> None:
+    tiedfused.register_activation(
+        "squared_relu",
+        lambda a: a.relu().square(),
+        lambda a: 2 * a.relu(),
+        triton=(_squared_relu, _squared_relu_derivative),
+    )
+    try:
+        assert tiedfused.plan(20, 17, 40, activation="squared_relu").backend == "triton"
+        assert_layer_matches(layer(activation="squared_relu"), problem(20, 17, 40), activation="squared_relu")
+    finally:
+        del activations._TABLE["squared_relu"]
 
 
 def test_long_rows_are_copied() -> None:

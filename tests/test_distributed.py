@@ -1,0 +1,58 @@
+"""Data parallelism: DDP and FSDP2 give the gradients of one process on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from tiedfused import TiedLinear
+
+WORLD = 2
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), TiedLinear(12, 32, bias=True, activation="relu"))
+
+
+def _gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model(x).square().mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def _run(rank: int, store: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        model = _model()
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+        expected = _gradients(copy.deepcopy(model), x)
+        share = x.chunk(WORLD)[rank]
+        if kind == "ddp":
+            found = _gradients(nn.parallel.DistributedDataParallel(model), share)
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (WORLD,))
+            fully_shard(model[1], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            found = [grad.full_tensor() for grad in _gradients(model, share)]
+        torch.testing.assert_close(found, expected)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_gradients(kind: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, args=(os.path.join(folder, "store"), kind), nprocs=WORLD)
