@@ -96,10 +96,15 @@ def _keep_freed_tiles() -> None:
     torch.empty(16 << 20, dtype=torch.uint8)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tiles are kept in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _sum_for(out: Tensor) -> Tensor:
-    """Where to add up the tiles of `out`: `out` itself, or an fp32 buffer if its dtype is narrower."""
-    narrow = out.dtype in (torch.bfloat16, torch.float16)
-    return torch.empty(out.shape, dtype=torch.float32, device=out.device) if narrow else out
+    """Where to add up the tiles of `out`: `out` itself, or a buffer if its dtype is too narrow."""
+    wide = _wide(out.dtype)
+    return out if wide == out.dtype else torch.empty(out.shape, dtype=wide, device=out.device)
 
 
 def _add(total: Tensor, part: Tensor, first: bool) -> None:
@@ -186,10 +191,10 @@ def backward(
     sum_x = _sum_for(grad_x) if grad_x is not None else None
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)
-        sum_weight = _sum_for(grad_weight[h_j]) if grad_weight is not None else None
+        sum_weight = None
         sum_bias = _sum_for(grad_bias[h_j]) if grad_bias is not None else None
         for i, (x_i, grad_i) in enumerate(zip(_rows(x, tile.block_n), _rows(grad_z, tile.block_n), strict=True)):
-            _backward_tile(
+            sum_weight = _backward_tile(
                 products,
                 f,
                 x_i,
@@ -198,8 +203,9 @@ def backward(
                 b_j,
                 blocks[i][j] if blocks is not None else None,
                 _rows(sum_x, tile.block_n)[i] if sum_x is not None else None,
-                sum_weight,
                 sum_bias,
+                sum_weight,
+                need_weight=need_weight,
                 first_rows=i == 0,
                 first_latents=j == 0,
             )
@@ -221,13 +227,14 @@ def _backward_tile(
     bias_enc: Tensor | None,
     block: Tensor | None,
     sum_x: Tensor | None,
-    sum_weight: Tensor | None,
     sum_bias: Tensor | None,
+    sum_weight: Tensor | None,
     *,
+    need_weight: bool,
     first_rows: bool,
     first_latents: bool,
-) -> None:
-    """Add one tile's part to each sum there is."""
+) -> Tensor | None:
+    """Add one tile's part to each sum there is; W̄'s starts with its first part, in the layout it comes in."""
     if block is None:
         h, saved = _encode(products, x, weight, bias_enc, f)
     else:
@@ -237,11 +244,14 @@ def _backward_tile(
     del saved  # where it is the pre-activation, nothing needs it any more
     if sum_bias is not None:
         _add(sum_bias, grad_a.sum(0), first_rows)
-    if sum_weight is not None:
-        _add(sum_weight, products.outer(grad_a, x), first_rows)
-        sum_weight.add_(products.outer(h, grad_z))
     if sum_x is not None:
         _add(sum_x, products.linear(grad_a, weight.t(), None, IDENTITY), first_latents)
+    if not need_weight:
+        return None
+    part = products.outer(grad_a, x)
+    sum_weight = part.to(_wide(part.dtype)) if sum_weight is None else sum_weight.add_(part)
+    del part
+    return sum_weight.add_(products.outer(h, grad_z))
 
 
 def _one_tile_backward(
