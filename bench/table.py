@@ -30,8 +30,8 @@ COLUMNS = ("N, d, H", "dtype", "pass", "eager ms", "compile ms", "tiedfused ms",
            "low memory ms", "MiB eager", "MiB", "MiB low")  # fmt: skip
 CAPTION = (
     "ms: median (20th to 80th percentile) of interleaved calls. × eager: eager's time over tiedfused's; × best: the "
-    "faster of eager's and torch.compile's over tiedfused's. GFLOP/s on theoretical FLOPs. MiB: peak memory of the call "
-    "above inputs, outputs and gradients; low memory is recompute=True."
+    "faster of eager's and torch.compile's over tiedfused's. GFLOP/s on theoretical FLOPs. MiB: peak memory of the "
+    "call above inputs, outputs and gradients; low memory is recompute=True."
 )
 
 
