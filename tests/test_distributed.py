@@ -30,24 +30,24 @@ def _gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 def _run(rank: int, store: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        model = _model()
-        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
-        expected = _gradients(copy.deepcopy(model), x)
-        share = x.chunk(WORLD)[rank]
-        if kind == "ddp":
-            found = _gradients(nn.parallel.DistributedDataParallel(model), share)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+    model = _model()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    expected = _gradients(copy.deepcopy(model), x)
+    share = x.chunk(WORLD)[rank]
+    if kind == "ddp":
+        found = _gradients(nn.parallel.DistributedDataParallel(model), share)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
-            mesh = init_device_mesh("cpu", (WORLD,))
-            fully_shard(model[1], mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            found = [grad.full_tensor() for grad in _gradients(model, share)]
-        torch.testing.assert_close(found, expected)
-    finally:
-        dist.destroy_process_group()
+        mesh = init_device_mesh("cpu", (WORLD,))
+        fully_shard(model[1], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        found = [grad.full_tensor() for grad in _gradients(model, share)]
+    torch.testing.assert_close(found, expected)
+    dist.barrier()
+    # one exit in ten aborts in gloo's tear-down of the mesh ("terminate called without an active exception")
+    os._exit(0)
 
 
 @pytest.mark.slow

@@ -65,8 +65,10 @@ def test_call(arguments, options, error, message) -> None:
         ({"output_activation": "no"}, ValueError, r"output_activation: unknown activation 'no'"),
         ({"bias_mode": "both"}, ValueError, r"bias_mode: expected one of none, independent, pre, latent, got 'both'"),
         ({"bias": True, "bias_mode": "none"}, ValueError, r"bias_mode: expected independent.*got 'none'"),
-        ({"dtype": torch.int8}, TypeError, r"dtype: expected a floating-point dtype, got torch.int8"),
-        ({"dtype": torch.complex64}, TypeError, r"dtype: expected a floating-point dtype, got torch.complex64"),
+        ({"dtype": torch.int8}, TypeError, r"dtype: expected one of torch.float32.*got torch.int8"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, r"dtype: expected one of .*got torch.float8_e4m3fn"),
+        ({"dtype": "float32"}, TypeError, r"dtype: expected one of .*got 'float32'"),
+        ({"dtype": torch.complex64}, TypeError, r"dtype: expected one of .*got torch.complex64"),
     ],
 )
 def test_module(options, error, message) -> None:
@@ -75,8 +77,9 @@ def test_module(options, error, message) -> None:
 
 
 def test_module_shape_error_names_what_was_expected() -> None:
-    with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\], as weight is \[16, 8\], got \[3, 16\]"):
-        tiedfused.TiedLinear(8, 16)(torch.randn(3, 16))
+    for bias_mode in ("none", "pre"):
+        with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\], as weight is \[16, 8\], got \[3, 16\]"):
+            tiedfused.TiedLinear(8, 16, bias_mode=bias_mode)(torch.randn(3, 16))
 
 
 def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:
@@ -89,7 +92,7 @@ def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("TIEDFUSED_BACKEND", "cuda", "got 'cuda'; expected auto, triton or tiled"),
+        ("TIEDFUSED_BACKEND", "cuda", "got 'cuda'; expected auto or tiled"),
         ("TIEDFUSED_RECOMPUTE", "maybe", "got 'maybe'; expected auto, 0, 1"),
         ("TIEDFUSED_WORKSPACE_MIB", "lots", "got 'lots'; expected a number of MiB"),
         ("TIEDFUSED_WORKSPACE_MIB", "-1", "got -1; expected 0 or more"),
@@ -117,6 +120,13 @@ def test_environment_is_read() -> None:
 def test_plan(sizes, message) -> None:
     with pytest.raises(ValueError, match=message):
         tiedfused.plan(*sizes)
+
+
+def test_plan_refuses_what_the_op_refuses() -> None:
+    with pytest.raises(ValueError, match=r"dtype: got torch.int32; expected torch.float32"):
+        tiedfused.plan(8, 8, 8, dtype=torch.int32)
+    with pytest.raises(TypeError, match="recompute: expected None, True or False, got 1"):
+        tiedfused.plan(8, 8, 8, recompute=1)
 
 
 def test_registering_a_taken_name_or_no_function() -> None:

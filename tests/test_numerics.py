@@ -101,7 +101,12 @@ def _strided(p: Problem, layout: str) -> Problem:
         view = wide[:, : step * t.shape[1] : step]
         return view.copy_(t.detach()).requires_grad_()
 
-    return Problem(spread(p.x), spread(p.weight), p.bias_enc, p.bias_dec, spread(p.grad_y).detach())
+    def strided(bias: torch.Tensor | None) -> torch.Tensor:
+        assert bias is not None
+        return torch.stack([bias.detach(), torch.full_like(bias, float("nan"))], 1)[:, 0].requires_grad_()
+
+    biases = strided(p.bias_enc), strided(p.bias_dec)
+    return Problem(spread(p.x), spread(p.weight), *biases, spread(p.grad_y).detach())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,6 +131,19 @@ def test_expanded_rows(device: str) -> None:
     p = problem(1, 24, 40, device=device)
     x = p.x.detach().expand(9, 24)
     torch.testing.assert_close(tied_encode_decode(x, p.weight), tied_encode_decode(p.x, p.weight).expand(9, 24))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", BUILT_IN)
+@pytest.mark.parametrize("where", ["x", "bias_enc"])
+def test_nan_goes_where_it_goes_in_eager(small_tiles: str, where: str, activation: str, device: str) -> None:
+    p = problem(20, 16, 30, device=device)
+    with torch.no_grad():
+        getattr(p, where).view(-1)[3] = float("nan")
+    ours = outputs(layer(activation=activation, recompute=True), p)
+    eager = outputs(lambda *t: reference.tied_encode_decode(*t, activation=activation), p)
+    for name in ours:
+        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -168,8 +186,8 @@ def test_terms_of_the_weight_gradient(small_tiles: str, term: str, recompute: bo
     # x = 0 leaves hᵀō; ō Wᵀ = 0 leaves hᵀō too, so āᵀx is had as the difference to it
     full = outputs(layer(activation="tanh", recompute=recompute), p)["grad_weight"]
     h = reference.encode(p.x, p.weight, p.bias_enc, activation="tanh")
-    decoder_term = h.t() @ p.grad_y
-    actual = decoder_term if term == "decoder" else full - decoder_term
+    encoder_term = torch.autograd.grad(h, p.weight, p.grad_y @ decoder.detach().t(), retain_graph=True)[0]
+    actual = full - (encoder_term if term == "decoder" else h.t() @ p.grad_y)
     assert_close(actual, expected, expected, torch.float64, term)
 
     silent = Problem(torch.zeros_like(p.x).requires_grad_(), p.weight, p.bias_enc, p.bias_dec, p.grad_y)

@@ -148,6 +148,41 @@ def test_compiled_torch_func(transform: str) -> None:
     torch.testing.assert_close(compiled(x), run(reference.tied_encode_decode)(x))
 
 
+@pytest.mark.parametrize(("d", "h"), [(64, 4096), (768, 1024)])
+def test_export_binds_no_batch_size(d: int, h: int) -> None:
+    layer, x = tiedfused.TiedLinear(d, h), torch.randn(5, d)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=10**6)},))
+    (bounds,) = exported.range_constraints.values()
+    assert bounds.upper == 10**6
+
+
+def test_frozen_weights_keep_no_latent_when_compiled() -> None:
+    torch._dynamo.reset()
+    layer = tiedfused.TiedLinear(768, 1024).requires_grad_(False)
+    backend = torch._dynamo.testing.EagerAndRecordGraphs()
+    torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(5, 768))
+    (call,) = (n for n in backend.graphs[0].graph.nodes if "tiedfused.forward" in str(n.target))
+    assert call.args[-1] is False
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_batched_gradients(recompute: bool) -> None:
+    p = problem(700, 8, 1100, torch.float64)
+    y = tied_encode_decode(*p.operands, recompute=recompute)
+    expected = reference.tied_encode_decode(*p.operands)
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, p.weight, grads, is_grads_batched=True),
+        torch.autograd.grad(expected, p.weight, grads, is_grads_batched=True),
+    )
+
+
+def test_lazily_negated_tensor() -> None:
+    p = small()
+    x = torch._neg_view(p.x.detach())
+    torch.testing.assert_close(tied_encode_decode(x, p.weight), reference.tied_encode_decode(-p.x, p.weight))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
     layer = tiedfused.TiedLinear(8, 16, bias=True, activation="relu", dtype=torch.float64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -142,6 +145,32 @@ def test_precision_of_float32_follows_pytorch() -> None:
         assert plan(8, 8, 8, device="cuda").precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert plan(8, 8, 8, device="cuda").precision == "ieee"
+
+
+def test_precision_set_on_the_backend_alone() -> None:
+    # PyTorch's older call raises from then on, so this needs a process of its own
+    program = """
+import torch, tiedfused
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+tiedfused.TiedLinear(8, 16)(torch.randn(3, 8)).sum().backward()
+print(tiedfused.plan(8, 8, 8, device="cuda").precision)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "tf32"), done.stderr
+
+
+def test_atomics_that_do_not_fit_leave_two_passes() -> None:
+    with settings.override(atomics=True):
+        p = plan(4096, 512, 4096, device="cuda", capability=80)
+    assert [one.kernel for one in p.passes] == ["forward", "weight_grad", "input_grad"]
+    assert p.deterministic
+
+
+def test_tiled_roofline_is_the_devices_own() -> None:
+    slow, fast = (plan(4096, 768, 8192, dtype=BF16, device="cuda", capability=c).roofline_ms for c in (80, 100))
+    assert slow > 3 * fast
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from numerics import assert_close
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import tiedfused
 from tiedfused import TiedLinear, reference
@@ -45,6 +48,43 @@ def test_bias_modes(bias_mode: str) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), list(layer.parameters())))
     encoder, decoder = layer.to_linear_pair()
     torch.testing.assert_close(decoder(encoder(x).relu()).tanh(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pre_mode_far_from_the_origin(dtype: torch.dtype) -> None:
+    layer = TiedLinear(64, 256, bias_mode="pre", activation="tanh")
+    nn.init.constant_(layer.bias_dec, 30.0)
+    x = (layer.bias_dec + torch.randn(100, 64)).detach().to(dtype)
+    truth = torch.tanh((x.double() - 30) @ layer.weight.to(dtype).double().T) @ layer.weight.to(dtype).double() + 30
+    layer.to(dtype)
+    eager = F.linear(torch.tanh(F.linear(x - layer.bias_dec, layer.weight)), layer.weight.T, layer.bias_dec)
+    for y in (layer(x), layer.decode(layer.encode(x))):
+        assert_close(y, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("bias_mode", ["independent", "pre"])
+def test_from_linear_is_the_same_function(bias_mode: str) -> None:
+    encoder, decoder = nn.Linear(8, 16), nn.Linear(16, 8)
+    with torch.no_grad():
+        decoder.weight.copy_(encoder.weight.T)
+    layer = TiedLinear.from_linear(encoder, decoder, activation="relu", bias_mode=bias_mode)
+    torch.testing.assert_close(layer(X), decoder(torch.relu(encoder(X))))
+
+
+@pytest.mark.parametrize(("bias_mode", "missing"), [("latent", "bias_dec"), ("none", "bias_enc")])
+def test_from_linear_refuses_to_drop_a_bias(bias_mode: str, missing: str) -> None:
+    encoder, decoder = nn.Linear(8, 16), nn.Linear(16, 8)
+    with torch.no_grad():
+        decoder.weight.copy_(encoder.weight.T)
+    with pytest.raises(ValueError, match=f"bias_mode: '{bias_mode}' has no {missing}"):
+        TiedLinear.from_linear(encoder, decoder, bias_mode=bias_mode)
+
+
+def test_deferred_initialisation() -> None:
+    with torch.device("meta"):
+        assert TiedLinear(8, 16, activation="gelu").weight.is_meta
+    with FakeTensorMode():
+        assert TiedLinear(8, 16, activation="gelu").weight.shape == (16, 8)
 
 
 def test_linear_bias_cancels_in_latent_mode() -> None:

@@ -62,10 +62,6 @@ class Activation:
     triton: tuple[Any, Any] | None = None
     onednn: tuple[str, tuple[float, ...], str] | None = None
 
-    @property
-    def is_identity(self) -> bool:
-        return self is IDENTITY
-
 
 # ---- the Triton pairs: f(a) and f′(a, h), fp32 in and out --------------------------------------------------------
 
@@ -88,7 +84,8 @@ def _relu(a):
 
 @_jit
 def _relu_d(a, h):
-    return tl.where(a > 0.0, 1.0, 0.0)
+    # a NaN passes the gradient on, as `threshold_backward` does
+    return tl.where(a <= 0.0, 0.0, 1.0)
 
 
 @_jit
@@ -118,23 +115,29 @@ def _log1p(u):
 
 
 @_jit
+def _negative_part(a):
+    # `minimum` compiles to an instruction that turns a NaN into 0
+    return tl.where(a > 0.0, 0.0, a)
+
+
+@_jit
 def _elu(a):
-    return tl.where(a > 0.0, a, _expm1(tl.minimum(a, 0.0)))
+    return tl.where(a > 0.0, a, _expm1(_negative_part(a)))
 
 
 @_jit
 def _elu_d(a, h):
-    return tl.where(a > 0.0, 1.0, tl.exp(tl.minimum(a, 0.0)))
+    return tl.where(a > 0.0, 1.0, tl.exp(_negative_part(a)))
 
 
 @_jit
 def _selu(a):
-    return 1.0507009873554805 * tl.where(a > 0.0, a, 1.6732632423543772 * _expm1(tl.minimum(a, 0.0)))
+    return 1.0507009873554805 * tl.where(a > 0.0, a, 1.6732632423543772 * _expm1(_negative_part(a)))
 
 
 @_jit
 def _selu_d(a, h):
-    return 1.0507009873554805 * tl.where(a > 0.0, 1.0, 1.6732632423543772 * tl.exp(tl.minimum(a, 0.0)))
+    return 1.0507009873554805 * tl.where(a > 0.0, 1.0, 1.6732632423543772 * tl.exp(_negative_part(a)))
 
 
 @_jit
@@ -195,7 +198,7 @@ def _silu_d(a, h):
 @_jit
 def _softplus(a):
     # above 20 PyTorch returns its input
-    return tl.where(a > 20.0, a, tl.maximum(a, 0.0) + _log1p(tl.exp(-tl.abs(a))))
+    return tl.where(a > 20.0, a, a - _negative_part(a) + _log1p(tl.exp(-tl.abs(a))))
 
 
 @_jit
@@ -230,8 +233,7 @@ _TABLE: dict[str, Activation] = {
             forward=torch.relu,
             backward=lambda grad, y: aten.threshold_backward(grad, y, 0),
             from_output=True,
-            triton=(_relu, _relu_d),
-            onednn=("relu", (), ""),
+            triton=(_relu, _relu_d),  # no oneDNN epilogue: its relu turns a NaN into 0
         ),
         Activation(
             "leaky_relu",
@@ -339,7 +341,9 @@ def register_activation(
     Args:
         name: a new name; it is then accepted wherever a built-in name is.
         forward: f, elementwise differentiable PyTorch.
-        derivative: f′ as differentiable PyTorch, a function of f's input, or of f's output if `from_output`.
+        derivative: f′ as differentiable PyTorch, a function of f's input, or of f's output if `from_output`. It serves
+            where the activation is f; where it is g, and under torch.func, autograd differentiates `forward`, so the
+            two have to agree.
         from_output: what `derivative` reads. From the output is cheaper: an encode-decode that keeps its latent then
             saves that latent and nothing else.
         triton: optionally ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` over
@@ -350,7 +354,7 @@ def register_activation(
 
     Raises:
         ValueError: the name is taken.
-        TypeError: `forward` or `derivative` is not callable.
+        TypeError: `name` is not a string, `forward` or `derivative` is not callable.
 
     Example:
         >>> import tiedfused
@@ -358,6 +362,8 @@ def register_activation(
         >>> "squared_relu" in tiedfused.activation_names()
         True
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {type(name).__name__}")
     if name in _TABLE:
         raise ValueError(f"name: activation {name!r} is already registered; choose another name")
     for argument, value in (("forward", forward), ("derivative", derivative)):

@@ -9,7 +9,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import (
     Tensor,
     are_deterministic_algorithms_enabled,
-    get_float32_matmul_precision,
     get_num_threads,
     is_autocast_enabled,
     is_grad_enabled,
@@ -20,8 +19,8 @@ from torch.compiler import is_compiling
 from tiedfused import reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import Activation, get_activation
-from tiedfused.op import apply_encode_decode, keeps_latent_for, last_stride_one, plan_for
-from tiedfused.planning import Plan, fused_output
+from tiedfused.op import apply_encode_decode, keeps_latent_for, kernel_layout, plan_for
+from tiedfused.planning import DTYPES, Plan, fp32_precision, fused_output
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -31,7 +30,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tied_encode_decode(
@@ -60,7 +58,8 @@ def tied_encode_decode(
         y ``[..., d]``, in x's dtype (under autocast, autocast's).
 
     Saved for backward are x, weight, bias_enc, what g's own gradient reads, and the latent if it is kept. Gradients are
-    computed for those inputs that need one; W̄ adds both of its terms in one accumulator of at least fp32. See
+    computed for those inputs that need one. The Triton kernels add both terms of W̄ in one fp32 accumulator; tiles of
+    PyTorch round each product to x's dtype, as PyTorch's own do, and add them up in fp32 at least. See
     `tiedfused.reference` for the formulas and `tiedfused.plan` for what serves a given problem.
 
     Raises:
@@ -84,6 +83,7 @@ def tied_encode_decode(
         or is_compiling()
         or _modes()
         or x.is_meta
+        or x.is_neg()
         or _any_autocast()
     ):
         return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
@@ -111,7 +111,7 @@ def tied_encode_decode(
         recompute,
         grad,
         grad_x,
-        get_float32_matmul_precision(),
+        fp32_precision("cuda") if x.is_cuda else None,
         get_num_threads(),
         are_deterministic_algorithms_enabled(),
         settings.generation,
@@ -127,10 +127,13 @@ def tied_encode_decode(
         plan = _plans[key] = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute)
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if not rows.is_contiguous():
-        rows = last_stride_one(rows)
-    if not weight.is_contiguous():
-        weight = last_stride_one(weight)
+    if not (
+        rows.is_contiguous()
+        and weight.is_contiguous()
+        and (bias_enc is None or bias_enc.is_contiguous())
+        and (bias_dec is None or bias_dec.is_contiguous())
+    ):
+        rows, weight, bias_enc, bias_dec = kernel_layout(rows, weight, bias_enc, bias_dec)
     if grad:
         y = apply_encode_decode(rows, weight, bias_enc, bias_dec, plan)
     else:
@@ -162,7 +165,9 @@ def _dispatched(
             x, weight, bias_enc, bias_dec, activation=activation, output_activation=output_activation
         )
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    save_latent = is_grad_enabled() and keeps_latent_for(rows, weight, f, recompute)
+    operands = (x, weight, bias_enc, bias_dec)
+    grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    save_latent = grad and keeps_latent_for(rows, weight, f, recompute)
     z, _ = torch.ops.tiedfused.forward.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
     y = g.forward(z)
     return y if rows is x else y.view(x.shape)
@@ -190,8 +195,8 @@ def check_arguments(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in _FLOATS:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        if t.dtype not in DTYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name}: expected a floating-point tensor ({expected}), got {_name(t.dtype)}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape [H, d], both at least 1, got {_shape(weight)}")
@@ -206,7 +211,7 @@ def check_arguments(
             raise TypeError(f"{name}: expected {_name(x.dtype)}, as x, got {_name(t.dtype)}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: expected on {x.device}, as x, got {t.device}")
-    if recompute not in (None, True, False):
+    if recompute is not None and not isinstance(recompute, bool):
         raise TypeError(f"recompute: expected None, True or False, got {recompute!r}")
     return get_activation(activation), get_activation(output_activation, "output_activation")
 

@@ -32,10 +32,16 @@ def _capability(x: Tensor) -> int | None:
 
 
 def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None) -> bool:
-    """Whether a training step on x ``[N, d]`` keeps the latent; x may have symbolic sizes."""
+    """Whether a training step on x ``[N, d]`` keeps the latent.
+
+    x may have symbolic sizes: what is not known of them for certain counts as too large, since to ask would bind the
+    compiled or exported graph to the answer.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second, needed only here
+
     n, d = x.shape
     refusal = planning.why_not_triton(d, x.dtype, x.device.type, _capability(x), f, recompute is False)
-    return planning.keeps_latent(n, d, weight.shape[0], x.dtype, refusal is None, recompute)
+    return planning.keeps_latent(n, d, weight.shape[0], x.dtype, refusal is None, recompute, statically_known_true)
 
 
 def plan_for(
@@ -62,7 +68,7 @@ def plan_for(
         grad,
         grad_x,
         recompute,
-        torch.get_float32_matmul_precision(),
+        planning.fp32_precision(x.device.type),
         torch.get_num_threads(),
         planning.allow_atomics(),
         settings.current(),
@@ -70,7 +76,20 @@ def plan_for(
 
 
 def last_stride_one(t: Tensor) -> Tensor:
+    """t ``[N, d]`` with elements of a row next to each other; a copy only if they are not."""
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+def kernel_layout(
+    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operands as backends read them: rows of any stride, everything else contiguous."""
+    return (
+        last_stride_one(x),
+        last_stride_one(weight),
+        None if bias_enc is None else bias_enc.contiguous(),
+        None if bias_dec is None else bias_dec.contiguous(),
+    )
 
 
 def _differentiable_backward(
@@ -100,7 +119,7 @@ class EncodeDecode(torch.autograd.Function):
             with torch.autocast(plan.device, enabled=False):
                 return EncodeDecode.backward(ctx, grad_z)
         x, weight, bias_enc, latent = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_z):  # is_grads_batched=True
             grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation)
         else:
             grad_z = last_stride_one(grad_z)
@@ -135,7 +154,7 @@ def _op_forward(
     activation: str,
     save_latent: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, weight = last_stride_one(x), last_stride_one(weight)
+    x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
     z, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
     return z, x.new_empty(0) if latent is None else latent.view(-1)
@@ -151,7 +170,8 @@ def _op_backward(
     save_latent: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_z, x, weight = last_stride_one(grad_z), last_stride_one(x), last_stride_one(weight)
+    grad_z = last_stride_one(grad_z)
+    x, weight, bias_enc, _ = kernel_layout(x, weight, bias_enc, None)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent)
     grads = BACKENDS[plan.backend].backward(
         grad_z, x, weight, bias_enc, latent if save_latent else None, plan, (needs[0], needs[1], needs[2])
@@ -160,9 +180,8 @@ def _op_backward(
     return grad_x, grad_weight, grad_bias
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _op_forward, _key)
-    _library.impl("backward", _op_backward, _key)
+_library.impl("forward", _op_forward, "CompositeExplicitAutograd")
+_library.impl("backward", _op_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tiedfused::forward", lib=_library)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,7 @@ from tiedfused.activations import HAS_TRITON, IDENTITY, Activation, get_activati
 from tiedfused.tiles import Tile
 
 TRITON_MAX_D = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
 DEFAULT_CAPABILITY = 90  # what "cuda" means where no GPU is present
@@ -222,7 +224,8 @@ def plan(
         capability: plan for this compute capability (80, 90, 100, …) instead of the device's own.
 
     Raises:
-        ValueError: a size or an activation that makes no sense.
+        ValueError: a size, dtype or activation that makes no sense.
+        TypeError: `recompute` is neither None nor a bool.
 
     Example:
         >>> import tiedfused, torch
@@ -230,6 +233,10 @@ def plan(
         >>> p.backend, p.save_latent
         ('tiled', False)
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; expected {', '.join(map(str, DTYPES))}")
+    if recompute is not None and not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected None, True or False, got {recompute!r}")
     for name, value, least in (("n", n, 0), ("d", d, 1), ("h", h, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}; expected an integer of {least} or more")
@@ -240,13 +247,21 @@ def plan(
         capability = cuda_capability(device.index)
     return make_plan(
         n, d, h, dtype, device.type, device.index, capability, f, g, grad, grad_x, recompute,
-        torch.get_float32_matmul_precision(), torch.get_num_threads(), allow_atomics(), settings.current(),
+        fp32_precision(device.type), torch.get_num_threads(), allow_atomics(), settings.current(),
     )  # fmt: skip
 
 
 def fused_output(g: Activation, grad: bool) -> Activation:
     """What the op applies to the pre-output: g in inference, if the kernels have it; else the identity, g following."""
     return IDENTITY if grad or g.triton is None else g
+
+
+def fp32_precision(device_type: str) -> str:
+    """``"tf32"`` where PyTorch may round fp32 products on that device to it, else ``"ieee"``.
+
+    Read from the backend's own setting: `torch.get_float32_matmul_precision` raises once a user has set that one.
+    """
+    return "tf32" if device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def allow_atomics() -> bool:
@@ -298,17 +313,26 @@ def why_not_triton(
     return None
 
 
-def keeps_latent(n: int, d: int, h: int, dtype: torch.dtype, triton_serves: bool, recompute: bool | None) -> bool:
-    """Whether a training step keeps the latent from forward to backward. Plain arithmetic: n may be symbolic."""
+def keeps_latent(
+    n: int,
+    d: int,
+    h: int,
+    dtype: torch.dtype,
+    triton_serves: bool,
+    recompute: bool | None,
+    known: Callable[[bool], bool] = bool,
+) -> bool:
+    """Whether a training step keeps the latent from forward to backward; `known` decides where sizes are symbolic."""
     in_force = settings.current()
     recompute = in_force.recompute if recompute is None else recompute
     if recompute is not None:
         return not recompute
     if triton_serves:
         return False
+    latent_bytes = n * h * dtype.itemsize
     # one tile's worth costs nothing to keep, and saves the host time of a product on tiny problems
-    cheap = d >= KEEP_LATENT_MIN_D or n * h * dtype.itemsize <= CPU_TILE_BYTES
-    return cheap and n * h * dtype.itemsize <= in_force.workspace_bytes
+    cheap = known(d >= KEEP_LATENT_MIN_D) or known(latent_bytes <= CPU_TILE_BYTES)
+    return cheap and known(latent_bytes <= in_force.workspace_bytes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -325,14 +349,13 @@ def make_plan(
     grad: bool,
     grad_x: bool,
     recompute: bool | None,
-    fp32_precision: str,
+    precision: str,
     threads: int,
     atomics: bool,
     in_force: settings.Settings,
 ) -> Plan:
     """`plan` for the op: checked arguments, and everything the answer depends on among them, so that it is cached."""
     itemsize = dtype.itemsize
-    precision = "ieee" if fp32_precision == "highest" else "tf32"
     asked_to_keep = grad and (in_force.recompute if recompute is None else recompute) is False
     not_taken: tuple[tuple[str, str], ...] = ()
     passes: tuple[Pass, ...] = ()
@@ -347,9 +370,15 @@ def make_plan(
         multiprocessors = GPUS[capability].multiprocessors
         if torch.cuda.is_available() and device_type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
+        with_atomics = "weight_grad_atomic" in kernels
         try:
             passes = tuple(_triton_pass(kernel, n, d, h, dtype, capability, multiprocessors) for kernel in kernels)
         except ValueError as error:
+            if with_atomics:  # the one pass needs more room on chip than the two
+                return make_plan(
+                    n, d, h, dtype, device_type, device_index, capability, f, g, grad, grad_x, recompute,
+                    precision, threads, False, in_force,
+                )  # fmt: skip
             refusal = str(error)
     save_latent = grad and keeps_latent(n, d, h, dtype, refusal is None, recompute)
 
@@ -362,7 +391,8 @@ def make_plan(
                 ("one pass with atomics", "10 instead of 14 NdH executed, but not reproducible; not measured"),
             )
     else:
-        peak = _cpu(threads) if device_type == "cpu" else GPUS[DEFAULT_CAPABILITY]
+        known = max((c for c in GPUS if c <= (capability or DEFAULT_CAPABILITY)), default=min(GPUS))
+        peak = _cpu(threads) if device_type == "cpu" else GPUS[known]
         regime = backend = "tiled"
         passes = _tiled_passes(n, d, h, dtype, device_type, grad, grad_x, save_latent)
         reason = _memory_reason(n, d, h, itemsize, grad, save_latent, recompute, in_force)
@@ -497,4 +527,4 @@ def onednn_missing() -> str | None:
 
 def _cpu(threads: int) -> Device:
     fp32 = CPU_FLOP_PER_CYCLE.get(torch.backends.cpu.get_cpu_capability(), 16) * 3e9 * threads
-    return Device(half=2 * fp32, tf32=fp32, fp32=fp32, bandwidth=20e9 * threads, multiprocessors=threads)
+    return Device(half=2 * fp32, tf32=fp32, fp32=fp32, bandwidth=20e9 * threads, multiprocessors=0)

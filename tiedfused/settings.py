@@ -2,7 +2,7 @@
 
 | variable                  | values              | meaning                                                          |
 |---------------------------|---------------------|------------------------------------------------------------------|
-| `TIEDFUSED_BACKEND`       | auto, triton, tiled | which backend may serve (auto: the plan chooses)                 |
+| `TIEDFUSED_BACKEND`       | auto, tiled         | tiled: PyTorch serves everything (auto: the plan chooses)        |
 | `TIEDFUSED_RECOMPUTE`     | auto, 0, 1          | the default of ``recompute=`` (auto: None, the plan chooses)     |
 | `TIEDFUSED_WORKSPACE_MIB` | a number, 256       | the most that may be kept of the latent from forward to backward |
 | `TIEDFUSED_ATOMICS`       | 0, 1                | 1 allows the one-pass backward with atomics: not reproducible    |
@@ -26,7 +26,7 @@ class Settings:
     """The settings in force; `current` returns them.
 
     Args:
-        backend: ``"auto"``, ``"triton"`` or ``"tiled"``.
+        backend: ``"auto"``, or ``"tiled"`` to keep the Triton kernels out.
         recompute: what ``recompute=None`` of a call stands for: None lets the plan choose.
         workspace_bytes: the most bytes of latent that a training step may keep where the plan chooses.
         atomics: whether the backward pass may add x̄ with atomics (faster in places, not bitwise reproducible).
@@ -38,8 +38,10 @@ class Settings:
     atomics: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", "triton", "tiled"):
-            raise ValueError(f"TIEDFUSED_BACKEND: got {self.backend!r}; expected auto, triton or tiled")
+        if self.backend not in ("auto", "tiled"):
+            raise ValueError(f"TIEDFUSED_BACKEND: got {self.backend!r}; expected auto or tiled")
+        if self.recompute is not None and not isinstance(self.recompute, bool):
+            raise ValueError(f"TIEDFUSED_RECOMPUTE: got {self.recompute!r}; expected None, True or False")
         if self.workspace_bytes < 0:
             raise ValueError(f"TIEDFUSED_WORKSPACE_MIB: got {self.workspace_bytes / MIB:g}; expected 0 or more")
 

@@ -79,11 +79,23 @@ def test_activation_of_a_user() -> None:
         del activations._TABLE["squared_relu"]
 
 
-def test_long_rows_are_copied() -> None:
-    p = problem(3, 8, 16)
-    base = torch.zeros(2 * (1 << 24) + 8)
-    x = base.as_strided((3, 8), (1 << 24, 1)).copy_(p.x.detach()).requires_grad_()
-    assert_layer_matches(layer(), Problem(x, *p.operands[1:], p.grad_y))
+def test_strided_biases() -> None:
+    p = problem(20, 17, 40)
+    biases = (torch.stack([b.detach(), b.detach() + 9], 1)[:, 0].requires_grad_() for b in p.operands[2:])
+    assert_layer_matches(layer(), Problem(p.x, p.weight, *biases, p.grad_y))
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "selu", "softplus"])
+def test_nan_goes_where_it_goes_in_eager(activation: str) -> None:
+    p = problem(20, 17, 40)
+    with torch.no_grad():
+        p.bias_enc[3] = float("nan")
+    ours, eager = (
+        outputs(lambda *t, call=call: call(*t, activation=activation), p)
+        for call in (tied_encode_decode, reference.tied_encode_decode)
+    )
+    for name in ours:
+        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
 
 
 def test_strides_and_expanded_gradients() -> None:

@@ -13,13 +13,6 @@ from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.planning import Pass, Plan
 
-# the kernels' offsets within a tile are 32 bits wide: 128 rows of 2²⁴ elements still fit
-_MAX_ROW_STRIDE = 1 << 24
-
-
-def _short_rows(t: Tensor) -> Tensor:
-    return t if t.stride(0) < _MAX_ROW_STRIDE else t.contiguous()
-
 
 def _device_of(t: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, whichever the tensors are on."""
@@ -38,8 +31,8 @@ def forward(
     """y ``[N, d]``; the latent is never kept."""
     with _device_of(x):
         y = _forward(
-            _short_rows(x),
-            _short_rows(weight),
+            x,
+            weight,
             bias_enc,
             bias_dec,
             output_activation=plan.output_activation,
@@ -59,7 +52,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, None where `needs` does not ask; `latent` is None."""
     need_x, need_weight, need_bias = needs
-    operands = (_short_rows(grad_z), _short_rows(x), _short_rows(weight), bias_enc)
+    operands = (grad_z, x, weight, bias_enc)
     grad_x = grad_weight = grad_bias = None
     with _device_of(x):
         for one in plan.passes[1:]:

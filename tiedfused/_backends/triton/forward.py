@@ -77,7 +77,7 @@ def forward(
     """The reconstruction of `x`.
 
     Args:
-        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride below 2**24 (0 included).
+        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
         weight: [H, d], the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
         bias_dec: [d], any floating dtype, or None.

@@ -111,7 +111,7 @@ def weight_grad(
 
     Args:
         grad_pre: ō [N, d], the gradient before the output activation; dtype and layout as `x`.
-        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride below 2**24 (0 included).
+        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
         weight: [H, d], the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
         activation: f, an entry with a Triton pair.
