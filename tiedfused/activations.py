@@ -53,6 +53,7 @@ class Activation:
         triton: ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` on fp32 tiles, or
             None: then the Triton kernels cannot serve this activation and the tiled PyTorch backend does.
         onednn: the name and scalars of the same function as a oneDNN epilogue, or None.
+        in_place: the same function, overwriting its argument, or None.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Activation:
     from_output: bool
     triton: tuple[Any, Any] | None = None
     onednn: tuple[str, tuple[float, ...], str] | None = None
+    in_place: Callable[[Tensor], Tensor] | None = None
 
 
 # ---- the Triton pairs: f(a) and f′(a, h), fp32 in and out --------------------------------------------------------
@@ -233,7 +235,8 @@ _TABLE: dict[str, Activation] = {
             forward=torch.relu,
             backward=lambda grad, y: aten.threshold_backward(grad, y, 0),
             from_output=True,
-            triton=(_relu, _relu_d),  # no oneDNN epilogue: its relu turns a NaN into 0
+            triton=(_relu, _relu_d),
+            in_place=torch.relu_,  # and no oneDNN epilogue: its relu turns a NaN into 0
         ),
         Activation(
             "leaky_relu",

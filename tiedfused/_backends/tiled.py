@@ -30,7 +30,7 @@ def _blas_outer(a: Tensor, b: Tensor) -> Tensor:
 def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise.default
     if f.onednn is None:
-        return f.forward(linear(a, b, bias, "none", [], ""))
+        return (f.in_place or f.forward)(linear(a, b, bias, "none", [], ""))
     name, scalars, algorithm = f.onednn
     return linear(a, b, bias, name, list(scalars), algorithm)
 
