@@ -355,6 +355,7 @@ def make_plan(
     in_force: settings.Settings,
 ) -> Plan:
     """`plan` for the op: checked arguments, and everything the answer depends on among them, so that it is cached."""
+    known = max((c for c in GPUS if c <= (capability or DEFAULT_CAPABILITY)), default=min(GPUS))
     itemsize = dtype.itemsize
     asked_to_keep = grad and (in_force.recompute if recompute is None else recompute) is False
     not_taken: tuple[tuple[str, str], ...] = ()
@@ -366,13 +367,12 @@ def make_plan(
         kernels = ["forward"]
         if grad:
             kernels += ["weight_grad_atomic"] if grad_x and atomics else ["weight_grad"] + ["input_grad"] * grad_x
-        capability = max(c for c in tiles.ARCHITECTURES if c <= (capability or DEFAULT_CAPABILITY))
-        multiprocessors = GPUS[capability].multiprocessors
+        multiprocessors = GPUS[known].multiprocessors
         if torch.cuda.is_available() and device_type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
         with_atomics = "weight_grad_atomic" in kernels
         try:
-            passes = tuple(_triton_pass(kernel, n, d, h, dtype, capability, multiprocessors) for kernel in kernels)
+            passes = tuple(_triton_pass(kernel, n, d, h, dtype, known, multiprocessors) for kernel in kernels)
         except ValueError as error:
             if with_atomics:  # the one pass needs more room on chip than the two
                 return make_plan(
@@ -383,7 +383,7 @@ def make_plan(
     save_latent = grad and keeps_latent(n, d, h, dtype, refusal is None, recompute)
 
     if refusal is None:
-        peak = GPUS[capability or DEFAULT_CAPABILITY]
+        peak = GPUS[known]
         regime, backend = "stream-H", "triton"
         reason = f"d {d} ≤ {TRITON_MAX_D}: a row tile stays on chip, the weight streams past once"
         if grad and grad_x and not atomics:
@@ -391,7 +391,6 @@ def make_plan(
                 ("one pass with atomics", "10 instead of 14 NdH executed, but not reproducible; not measured"),
             )
     else:
-        known = max((c for c in GPUS if c <= (capability or DEFAULT_CAPABILITY)), default=min(GPUS))
         peak = _cpu(threads) if device_type == "cpu" else GPUS[known]
         regime = backend = "tiled"
         passes = _tiled_passes(n, d, h, dtype, device_type, grad, grad_x, save_latent)
