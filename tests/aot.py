@@ -23,11 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from tiedfused._backends.triton.chunk_decode import chunk_decode
+from tiedfused._backends.triton.chunk_latent import chunk_latent
+from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.forward import forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import get_activation
-from tiedfused.tiles import Tile
+from tiedfused.tiles import GemmTile, Tile
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -100,7 +103,7 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], capability: int) ->
 @functools.cache
 def compile_kernel(
     kernel: str,
-    tile: Tile,
+    tile: Tile | GemmTile,
     d: int,
     dtype: torch.dtype,
     capability: int,
@@ -136,6 +139,36 @@ def compile_kernel(
             x, x, weight, bias_enc, grad_x=empty(rows, d, dtype=torch.float32), **common
         ),
     }
+    if isinstance(tile, GemmTile):
+        latent, gemm = empty(rows, latents), {"tile": tile, "precision": precision}
+        partial = empty(split, rows, d, dtype=torch.float32) if split > 1 else empty(rows, d)
+        partial_weight = empty(split, latents, d, dtype=torch.float32) if split > 1 else empty(latents, d)
+        launch = {
+            "chunk_latent": lambda: chunk_latent(
+                x,
+                x,
+                weight,
+                bias_enc,
+                h=latent,
+                grad_a=latent,
+                grad_bias_enc=empty(-(-rows // tile.block_m), latents, dtype=torch.float32),
+                activation=get_activation(activation),
+                **gemm,
+            ),
+            "chunk_decode": lambda: chunk_decode(
+                latent,
+                weight,
+                bias_dec,
+                earlier=partial if split > 1 else empty(rows, d, dtype=torch.float32),
+                out=partial,
+                output_activation=get_activation(output_activation),
+                split=split,
+                **gemm,
+            ),
+            "chunk_weight_grad": lambda: chunk_weight_grad(
+                latent, latent, x, x, earlier=None, out=partial_weight, split=split, **gemm
+            ),
+        }
     with _record_launches() as launches:
         launch[kernel]()
     return [_compile(function, arguments, capability) for function, arguments in launches]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tiedfused import activations, functional, planning
+from tiedfused import activations, devices, functional, planning
+from tiedfused.regimes import tiled
 
 # The problems are small: a second thread makes them slower, and on a busy machine 15 times slower. Reproducibility is
 # per number of threads, so one is as good as two.
@@ -45,13 +46,13 @@ def fresh_plans() -> Iterator[None]:
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> str:
     """CPU tiles of 16 × 16 (fp32), so that small problems have many, of both product libraries; returns the library."""
     if request.param == "onednn":
-        if (why := planning.onednn_missing()) is not None:
+        if (why := devices.onednn_missing()) is not None:
             pytest.skip(why)
-        monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 0)
+        monkeypatch.setattr(tiled, "ONEDNN_MIN_WORK", 0)
     else:
-        monkeypatch.setattr(planning, "ONEDNN_MIN_WORK", 1 << 62)
-    monkeypatch.setattr(planning, "CPU_TILE_H", 16)
-    monkeypatch.setattr(planning, "CPU_TILE_BYTES", 16 * 16 * 4)
+        monkeypatch.setattr(tiled, "ONEDNN_MIN_WORK", 1 << 62)
+    monkeypatch.setattr(tiled, "CPU_TILE_H", 16)
+    monkeypatch.setattr(tiled, "CPU_TILE_BYTES", 16 * 16 * 4)
     return request.param
 
 

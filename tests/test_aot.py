@@ -14,7 +14,7 @@ from aot import Compiled, compile_kernel, shared_copies
 
 from tiedfused import tiles
 from tiedfused.activations import activation_names
-from tiedfused.tiles import ARCHITECTURES, KERNELS, Tile, block_d, check_tile, lookup, resources
+from tiedfused.tiles import ARCHITECTURES, CHUNK_KERNELS, STREAM_KERNELS, Tile, block_d, check_tile, lookup, resources
 
 pytestmark = pytest.mark.aot
 
@@ -32,6 +32,7 @@ def packaged_entries() -> list[tuple[str, int, int, int]]:
         entries += [
             (kernel, capability, int(itemsize), int(width))
             for kernel, by_itemsize in packaged.items()
+            if kernel in STREAM_KERNELS
             for itemsize, by_width in by_itemsize.items()
             for width in by_width
         ]
@@ -70,6 +71,34 @@ def test_packaged_tile(kernel: str, capability: int, itemsize: int, width: int) 
             assert compiled.mma == 0
 
 
+@pytest.mark.parametrize("kernel", CHUNK_KERNELS)
+@pytest.mark.parametrize("capability", [*PACKAGED, 89])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_chunk_kernel(kernel: str, capability: int, dtype: torch.dtype) -> None:
+    tile, source = lookup(kernel, 768, str(dtype).removeprefix("torch."), capability)
+    assert source == ("heuristic" if capability == 89 else f"configs/sm{capability}.json")
+    (compiled,) = compile_kernel(kernel, tile, 768, dtype, capability)
+    modelled = resources(kernel, tile, 16, dtype.itemsize, capability)
+    assert compiled.shared_bytes <= min(ARCHITECTURES[capability].shared_bytes, 1.03 * modelled.shared_bytes)
+    assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
+    assert compiled.stack_bytes == 0
+    if capability == 90:
+        assert compiled.wgmma > 0
+        assert compiled.mma == 0
+
+
+@pytest.mark.parametrize("kernel", CHUNK_KERNELS)
+def test_chunk_kernel_of_odd_sizes_split_and_ieee(kernel: str) -> None:
+    tile, _ = lookup(kernel, 1, "bfloat16", 90)
+    odd = {"rows": 1001, "latents": 777, "bias": False, "split": 3}
+    (compiled,) = compile_kernel(kernel, tile, 333, torch.bfloat16, 90, **odd)
+    assert compiled.shared_bytes <= ARCHITECTURES[90].shared_bytes
+    tile, _ = lookup(kernel, 1, "float32", 90)
+    (compiled,) = compile_kernel(kernel, tile, 768, torch.float32, 90, precision="ieee")
+    assert compiled.shared_bytes <= ARCHITECTURES[90].shared_bytes
+    assert compiled.wgmma == 0
+
+
 def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width: int) -> None:
     n, h = tile.block_n, tile.block_h
     others = {
@@ -82,7 +111,7 @@ def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width
     assert 1 <= shared_copies(compiled.ttgir, h, width) <= 1 + same_shape
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize("capability", PACKAGED)
 def test_ieee(kernel: str, capability: int) -> None:
     tile, _ = lookup(kernel, 128, "float32", capability)
@@ -90,7 +119,7 @@ def test_ieee(kernel: str, capability: int) -> None:
     assert_fits(compiled, kernel, tile, 128, 4, capability)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 def test_fp16(kernel: str) -> None:
     tile, _ = lookup(kernel, 128, "float16", 90)
     (compiled,) = compile_kernel(kernel, tile, 128, torch.float16, 90)
@@ -99,7 +128,7 @@ def test_fp16(kernel: str) -> None:
     assert compiled.stack_bytes == 0
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize(("capability", "dtype"), [(86, torch.bfloat16), (89, torch.float32), (120, torch.bfloat16)])
 def test_heuristic_tile(kernel: str, capability: int, dtype: torch.dtype) -> None:
     tile, source = lookup(kernel, 256, str(dtype).removeprefix("torch."), capability)
@@ -108,7 +137,7 @@ def test_heuristic_tile(kernel: str, capability: int, dtype: torch.dtype) -> Non
     assert_fits(compiled, kernel, tile, 256, dtype.itemsize, capability)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize("capability", PACKAGED)
 @pytest.mark.parametrize("d", [33, 511])
 def test_odd_sizes_without_bias(kernel: str, d: int, capability: int) -> None:
@@ -118,7 +147,7 @@ def test_odd_sizes_without_bias(kernel: str, d: int, capability: int) -> None:
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 def test_split(kernel: str) -> None:
     compiled = compile_kernel(kernel, SMALL, 64, torch.bfloat16, 90, split=4, output_activation="sigmoid")
     combines = 2 if kernel.startswith("weight_grad") else 1
@@ -138,7 +167,7 @@ def test_activation(kernel: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("d", [1, 17, *WIDTHS])
 def test_lookup_fits_or_refuses(kernel: str, d: int, dtype: str, capability: int) -> None:

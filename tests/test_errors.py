@@ -92,7 +92,7 @@ def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("TIEDFUSED_BACKEND", "cuda", "got 'cuda'; expected auto or tiled"),
+        ("TIEDFUSED_REGIME", "cuda", "got 'cuda'; expected auto, stream, chunked, tiled"),
         ("TIEDFUSED_RECOMPUTE", "maybe", "got 'maybe'; expected auto, 0, 1"),
         ("TIEDFUSED_WORKSPACE_MIB", "lots", "got 'lots'; expected a number of MiB"),
         ("TIEDFUSED_WORKSPACE_MIB", "-1", "got -1; expected 0 or more"),
@@ -107,7 +107,7 @@ def test_environment(variable: str, value: str, message: str) -> None:
 
 def test_environment_is_read() -> None:
     found = settings.Settings.from_environment(
-        {"TIEDFUSED_BACKEND": "Tiled", "TIEDFUSED_RECOMPUTE": "1", "TIEDFUSED_WORKSPACE_MIB": "1.5"}
+        {"TIEDFUSED_REGIME": "Tiled", "TIEDFUSED_RECOMPUTE": "1", "TIEDFUSED_WORKSPACE_MIB": "1.5"}
     )
     assert found == settings.Settings("tiled", True, 3 * settings.MIB // 2, False)
     assert settings.Settings.from_environment({}) == settings.Settings()

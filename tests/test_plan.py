@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tiedfused
-from tiedfused import planning, settings
-from tiedfused.planning import TorchTile, plan
+from tiedfused import devices, settings
+from tiedfused.planning import Plan, plan
+from tiedfused.regimes.common import TorchTile
 from tiedfused.settings import MIB
-from tiedfused.tiles import ARCHITECTURES, Tile, block_d, check_tile
+from tiedfused.tiles import ARCHITECTURES, GemmTile, Tile, block_d, check_tile
 
 BF16 = torch.bfloat16
 
@@ -21,41 +22,58 @@ def test_cpu_is_served_by_tiles() -> None:
     p = plan(8192, 128, 8192)
     assert (p.backend, p.regime, p.save_latent, p.deterministic) == ("tiled", "tiled", False, True)
     assert [one.kernel for one in p.passes] == ["forward", "backward"]
-    assert ("triton", "its kernels need a CUDA device, the tensors are on cpu") in p.not_taken
+    assert ("stream", "its kernels need a CUDA device, the tensors are on cpu") in p.alternatives
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("d", [1, 16, 32, 64, 96, 100, 128, 200, 256, 384, 512])
 def test_cuda_streams_the_weight(d: int, dtype: torch.dtype, capability: int) -> None:
-    p = plan(16384, d, 16384, dtype=dtype, device="cuda", capability=capability)
+    with settings.override(regime="stream"):
+        p = plan(16384, d, 16384, dtype=dtype, device="cuda", capability=capability, recompute=True)
     if dtype == torch.float32 and d > 256 and ARCHITECTURES[capability].shared_bytes < 120_000:
-        assert p.backend == "tiled"
-        assert "bytes of shared memory" in dict(p.not_taken)["triton"]
+        assert "tiled" in p.backend
+        assert "bytes of shared memory" in dict(p.alternatives)["stream"]
         return
-    assert (p.backend, p.regime, p.save_latent, p.deterministic) == ("triton", "stream-H", False, True)
+    assert (p.backend, p.regime, p.save_latent, p.deterministic) == ("triton", "stream", False, True)
     assert [one.kernel for one in p.passes] == ["forward", "weight_grad", "input_grad"]
+    assert_fits(p)
+
+
+def assert_fits(p: Plan) -> None:
+    """Every tile fits its GPU, and what is allocated the workspace."""
+    assert p.saved_bytes <= settings.current().workspace_bytes
+    for part in p.parts:
+        assert part.workspace_bytes <= settings.current().workspace_bytes, (p, part)
     for one in p.passes:
-        assert isinstance(one.tile, Tile)
-        check_tile(one.kernel, one.tile, block_d(d), dtype.itemsize, capability)
+        if isinstance(one.tile, Tile | GemmTile):
+            check_tile(one.kernel, one.tile, block_d(p.d), p.dtype.itemsize, p.request.gpu)
 
 
-def test_x_without_gradient_is_not_given_one() -> None:
-    with_x = plan(4096, 64, 4096, dtype=BF16, device="cuda")
-    without = plan(4096, 64, 4096, dtype=BF16, device="cuda", grad_x=False)
-    assert [one.kernel for one in without.passes] == ["forward", "weight_grad"]
-    ndh = 4096 * 64 * 4096
-    assert (with_x.theoretical_flops, with_x.executed_flops) == (12 * ndh, 18 * ndh)
-    assert (without.theoretical_flops, without.executed_flops) == (10 * ndh, 12 * ndh)
+def ndh(p: Plan) -> int:
+    return p.n * p.d * p.h
+
+
+@pytest.mark.parametrize("regime", ["stream", "chunked", "tiled"])
+def test_x_without_gradient_is_not_given_one(regime: str) -> None:
+    arguments = dict(n=4096, d=64, h=4096, dtype=BF16, device="cuda", recompute=True)
+    with settings.override(regime=regime):
+        with_x, without = plan(**arguments), plan(**arguments, grad_x=False)
+    assert with_x.regime == without.regime == regime
+    assert with_x.theoretical_flops == 12 * ndh(with_x)
+    assert without.theoretical_flops == 10 * ndh(without)
+    # x̄ by itself computes a and h̄ once more
+    assert with_x.executed_flops == (18 if regime == "stream" else 14) * ndh(with_x)
+    assert without.executed_flops == 12 * ndh(without)
 
 
 def test_atomics_only_where_asked_for_and_allowed() -> None:
-    arguments = dict(n=4096, d=64, h=4096, dtype=BF16, device="cuda")
-    with settings.override(atomics=True):
+    arguments = dict(n=4096, d=64, h=4096, dtype=BF16, device="cuda", recompute=True)
+    with settings.override(atomics=True, regime="stream"):
         p = plan(**arguments)
         assert [one.kernel for one in p.passes] == ["forward", "weight_grad_atomic"]
         assert not p.deterministic
-        assert p.executed_flops == 14 * 4096 * 64 * 4096
+        assert p.executed_flops == 14 * ndh(p)
         torch.use_deterministic_algorithms(True)
         try:
             assert plan(**arguments).deterministic
@@ -67,31 +85,92 @@ def test_atomics_only_where_asked_for_and_allowed() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"d": 513}, "d 513 is above 512"),
         ({"dtype": torch.float64}, "bfloat16, float16 and float32, not float64"),
         ({"capability": 75}, "compute capability 7.5 is below 8.0"),
         ({"device": "mps"}, "need a CUDA device, the tensors are on mps"),
-        ({"recompute": False}, "recompute=False asks to keep it"),
         ({"n": 0}, "no rows"),
     ],
 )
 def test_what_triton_does_not_take_falls_back_and_says_why(change: dict, why: str) -> None:
     p = plan(**{"n": 100, "d": 64, "h": 500, "dtype": BF16, "device": "cuda", **change})
     assert p.backend == "tiled"
-    assert why in dict(p.not_taken)["triton"]
+    for regime in ("stream", "chunked"):
+        assert why in dict(p.alternatives)[regime]
 
 
-def test_setting_the_backend() -> None:
-    with settings.override(backend="tiled"):
+@pytest.mark.parametrize(
+    ("change", "regime", "why"),
+    [
+        ({"d": 513}, "stream", "d 513 is above 512"),
+        ({"recompute": False}, "stream", "its kernels recompute the latent"),
+        ({"recompute": False, "activation": "gelu"}, "chunked", "the gradient of gelu is not read off h"),
+    ],
+)
+def test_what_one_regime_does_not_take_goes_to_another(change: dict, regime: str, why: str) -> None:
+    with settings.override(regime=regime):
+        p = plan(**{"n": 100, "d": 64, "h": 500, "dtype": BF16, "device": "cuda", **change})
+    assert p.regime == "tiled"
+    assert why in dict(p.alternatives)[regime]
+
+
+@pytest.mark.parametrize("regime", ["stream", "chunked", "tiled"])
+def test_setting_the_regime(regime: str) -> None:
+    with settings.override(regime=regime):
         p = plan(100, 64, 500, device="cuda")
-        assert p.backend == "tiled"
-        assert dict(p.not_taken)["triton"] == "TIEDFUSED_BACKEND is tiled"
+        assert p.regime == regime
+        others = {name for name, why in p.alternatives if why == f"TIEDFUSED_REGIME is {regime}"}
+        assert others == {"stream", "chunked"} - {regime}
+
+
+def test_the_fastest_is_taken_and_the_others_are_named() -> None:
+    p = plan(16384, 256, 16384, dtype=BF16, device="cuda", grad=False)
+    assert p.regime == "stream"
+    (chunked,) = (plan_of for plan_of in [regime_plan(p, "chunked")] if plan_of.regime == "chunked")
+    assert p.predicted_ms < chunked.predicted_ms
+    assert dict(p.alternatives)["chunked"] == f"forward {chunked.predicted_ms:.3g} ms predicted"
+
+
+def regime_plan(p: Plan, regime: str) -> Plan:
+    with settings.override(regime=regime):
+        return plan(p.n, p.d, p.h, dtype=p.dtype, device=p.device, grad=p.request.grad)
+
+
+def test_wide_rows_run_as_chunks_of_the_latent() -> None:
+    p = plan(16384, 256, 65536, dtype=BF16, device="cuda", recompute=True)
+    assert p.forward.regime == "stream"
+    assert p.backward is not None
+    assert p.backward.regime == "chunked"
+    rows, latents = p.backward.chunk or (0, 0)
+    assert rows * latents < p.n * p.h / 4
+    assert f"{rows} × {latents} of the latent at a time" in str(p)
+    assert_fits(p)
+
+
+def test_a_kept_latent_is_read_by_the_regime_that_wrote_it() -> None:
+    for d in (64, 512, 768, 2304):
+        for h in (1024, 8192, 24576):
+            with_x, without = (
+                plan(4096, d, h, dtype=BF16, device="cuda", recompute=False, grad_x=grad_x) for grad_x in (True, False)
+            )
+            assert with_x.save_latent and without.save_latent
+            regimes = {part.regime for p in (with_x, without) for part in p.parts}
+            assert len(regimes) == 1, (d, h, regimes)
+
+
+def test_sum_of_the_input_gradient_that_does_not_fit_is_made_in_rows() -> None:
+    arguments = dict(n=1 << 17, d=4096, h=1 << 15, dtype=BF16, device="cuda", recompute=True)
+    for regime in ("chunked", "tiled"):
+        with settings.override(regime=regime):
+            p = plan(**arguments)
+        assert p.regime == regime
+        assert_fits(p)
+        assert p.executed_flops == 18 * ndh(p)
 
 
 def test_activation_without_triton_functions_is_served_by_tiles(custom_activation: str) -> None:
     p = plan(100, 64, 500, device="cuda", activation=custom_activation)
     assert p.backend == "tiled"
-    assert custom_activation in dict(p.not_taken)["triton"]
+    assert custom_activation in dict(p.alternatives)["stream"]
 
 
 def test_workspace_budget_decides_what_is_kept() -> None:
@@ -99,7 +178,7 @@ def test_workspace_budget_decides_what_is_kept() -> None:
     assert plan(4096, 768, 6144).saved_bytes == 4096 * 6144 * 4
     assert not plan(4096, 128, 6144).save_latent, "recomputing is cheaper at small d"
     assert not plan(40960, 768, 6144).save_latent, "over the budget"
-    assert "exceeds the workspace budget of 256.0 MiB" in plan(40960, 768, 6144).reason
+    assert "exceeds the workspace budget of 256.0 MiB" in plan(40960, 768, 6144).forward.reason
     with settings.override(workspace_bytes=MIB):
         assert not plan(4096, 768, 6144).save_latent
     with settings.override(recompute=True):
@@ -122,17 +201,19 @@ def test_workspace_does_not_grow_with_the_latent() -> None:
 
 
 def test_split_fills_a_large_gpu_with_a_small_grid() -> None:
-    few_rows = plan(128, 64, 65536, dtype=BF16, device="cuda").passes[0]
-    assert few_rows.split > 1
-    assert few_rows.workspace_bytes == few_rows.split * 128 * 64 * 4
-    assert plan(1 << 17, 64, 65536, dtype=BF16, device="cuda").passes[0].split == 1
-    few_atoms = plan(1 << 17, 64, 64, dtype=BF16, device="cuda").passes[1]
-    assert few_atoms.split > 1
-    assert plan(1, 1, 1, device="cuda").passes[0].split == 1
+    with settings.override(regime="stream"):
+        few_rows = plan(128, 64, 65536, dtype=BF16, device="cuda", recompute=True).passes[0]
+        assert few_rows.split > 1
+        assert few_rows.workspace_bytes == few_rows.split * 128 * 64 * 4
+        assert plan(1 << 17, 64, 65536, dtype=BF16, device="cuda").passes[0].split == 1
+        few_atoms = plan(1 << 17, 64, 64, dtype=BF16, device="cuda", recompute=True).passes[1]
+        assert few_atoms.split > 1
+        assert plan(1, 1, 1, device="cuda", recompute=True).passes[0].split == 1
 
 
 def test_roofline() -> None:
     p = plan(16384, 128, 32768, dtype=BF16, device="cuda", capability=90, grad=False)
+    assert p.regime == "stream"
     assert p.roofline_ms == pytest.approx(4 * 16384 * 128 * 32768 / 989e12 * 1e3)
     bound_by_memory = plan(1, 512, 65536, dtype=BF16, device="cuda", capability=90, grad=False)
     assert bound_by_memory.roofline_ms == pytest.approx(bound_by_memory.bytes_moved / 3.35e12 * 1e3)
@@ -162,13 +243,13 @@ print(tiedfused.plan(8, 8, 8, device="cuda").precision)
 
 
 def test_atomics_that_do_not_fit_leave_two_passes() -> None:
-    with settings.override(atomics=True):
-        p = plan(4096, 512, 4096, device="cuda", capability=80)
+    with settings.override(atomics=True, regime="stream"):
+        p = plan(4096, 512, 4096, device="cuda", capability=80, recompute=True)
     assert [one.kernel for one in p.passes] == ["forward", "weight_grad", "input_grad"]
     assert p.deterministic
 
 
-def test_tiled_roofline_is_the_devices_own() -> None:
+def test_roofline_is_the_devices_own() -> None:
     slow, fast = (plan(4096, 768, 8192, dtype=BF16, device="cuda", capability=c).roofline_ms for c in (80, 100))
     assert slow > 3 * fast
 
@@ -181,11 +262,7 @@ def test_every_size_has_a_plan_that_fits(device: str, dtype: torch.dtype) -> Non
         for d in sizes:
             for h in sizes:
                 for capability in (80, 86, 90) if device == "cuda" else (None,):
-                    p = plan(n, d, h, dtype=dtype, device=device, capability=capability)
-                    assert p.saved_bytes <= settings.current().workspace_bytes
-                    for one in p.passes:
-                        if isinstance(one.tile, Tile):
-                            check_tile(one.kernel, one.tile, block_d(d), dtype.itemsize, capability or 90)
+                    assert_fits(plan(n, d, h, dtype=dtype, device=device, capability=capability))
 
 
 def test_tile_that_cannot_fit_is_refused() -> None:
@@ -196,24 +273,15 @@ def test_tile_that_cannot_fit_is_refused() -> None:
 
 def test_text_names_everything_a_user_asks_for() -> None:
     text = str(plan(4096, 256, 8192, dtype=BF16, device="cuda"))
-    for label in (
-        "regime",
-        "backend",
-        "forward",
-        "weight_grad",
-        "input_grad",
-        "workspace",
-        "FLOPs",
-        "roofline",
-        "reason",
-    ):
+    for label in ("forward", "backward", "latent", "workspace", "FLOPs", "roofline", "reason", "not tiled"):
         assert any(line.startswith(label) for line in text.splitlines()), label
+    assert "ms predicted" in text
 
 
 def test_backends() -> None:
     found = {status.name: status.why_not for status in tiedfused.backends()}
     assert found["tiled"] is None
-    if not torch.cuda.is_available() and not planning.interpreting():
+    if not torch.cuda.is_available() and not devices.interpreting():
         assert "CUDA" in str(found["triton"])
 
 
@@ -223,7 +291,7 @@ def test_onednn_serves_large_float32_and_bfloat16_products_only() -> None:
         assert isinstance(tile, TorchTile)
         return tile.products
 
-    large = "blas" if planning.onednn_missing() else "onednn"
+    large = "blas" if devices.onednn_missing() else "onednn"
     assert products(8192, 128, 8192) == large
     assert products(8192, 128, 8192, dtype=BF16) == large
     assert products(8192, 128, 8192, dtype=torch.float64) == "blas"

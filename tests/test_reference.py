@@ -70,7 +70,7 @@ def test_activation_gradient_is_itself_differentiable(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_onednn_epilogue_is_the_same_function(name: str) -> None:
     entry = get_activation(name)
-    if entry.onednn is None or (why := tiedfused.planning.onednn_missing()) is not None:
+    if entry.onednn is None or (why := tiedfused.devices.onednn_missing()) is not None:
         pytest.skip(f"no oneDNN epilogue: {'none in the table' if entry.onednn is None else why}")
     a = torch.linspace(-20, 20, 401)[:, None]
     one, zero = torch.ones(1, 1), torch.zeros(1)

@@ -11,12 +11,12 @@ from tiedfused import settings
 
 def test_override_is_undone_after_an_error() -> None:
     before = settings.current()
-    with contextlib.suppress(RuntimeError), settings.override(recompute=True, backend="tiled"):
+    with contextlib.suppress(RuntimeError), settings.override(recompute=True, regime="tiled"):
         assert settings.current().recompute is True
         raise RuntimeError
     assert settings.current() is before
 
 
 def test_override_refuses_what_the_environment_would() -> None:
-    with pytest.raises(ValueError, match="expected auto or tiled"), settings.override(backend="cublas"):
+    with pytest.raises(ValueError, match="expected auto, stream, chunked, tiled"), settings.override(regime="cublas"):
         pass

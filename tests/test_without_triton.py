@@ -14,7 +14,7 @@ layer = tiedfused.TiedLinear(8, 16, bias=True, activation="gelu")
 layer(x).sum().backward()
 assert x.grad.shape == (5, 8)
 plan = tiedfused.plan(5, 8, 16, device="cuda")
-print(plan.backend, dict(plan.not_taken)["triton"])
+print(plan.backend, dict(plan.alternatives)["stream"])
 """
 
 

@@ -51,7 +51,8 @@ class Activation:
             f's output if `from_output`, else f's input.
         from_output: which tensor `backward` reads.
         triton: ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` on fp32 tiles, or
-            None: then the Triton kernels cannot serve this activation and the tiled PyTorch backend does.
+            None: then the Triton kernels cannot serve this activation and the tiled PyTorch backend does. With
+            `from_output`, f′ may be given h in the place of a, where only h was kept.
         onednn: the name and scalars of the same function as a oneDNN epilogue, or None.
         in_place: the same function, overwriting its argument, or None.
     """
@@ -350,7 +351,8 @@ def register_activation(
         from_output: what `derivative` reads. From the output is cheaper: an encode-decode that keeps its latent then
             saves that latent and nothing else.
         triton: optionally ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` over
-            fp32 tiles. Without it the Triton kernels do not serve the activation and the tiled PyTorch backend does.
+            fp32 tiles; with `from_output`, f′ may be given h in the place of a. Without the pair the Triton kernels do
+            not serve the activation and the tiled PyTorch backend does.
 
     Returns:
         The new entry.

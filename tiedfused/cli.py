@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tiedfused
-from tiedfused import planning, settings
+from tiedfused import devices, settings
 from tiedfused.activations import HAS_TRITON
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def info() -> None:
         ("PyTorch", torch.__version__),
         ("Triton", _triton_version()),
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        ("CPU products", f"BLAS: {why}" if (why := planning.onednn_missing()) else "oneDNN for float32 and bfloat16"),
+        ("CPU products", f"BLAS: {why}" if (why := devices.onednn_missing()) else "oneDNN for float32 and bfloat16"),
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -71,7 +71,7 @@ def _triton_version() -> str:
         return "not installed"
     import triton
 
-    return triton.__version__ + (" (interpreting)" if planning.interpreting() else "")
+    return triton.__version__ + (" (interpreting)" if devices.interpreting() else "")
 
 
 @app.command()

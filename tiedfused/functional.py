@@ -19,8 +19,9 @@ from torch.compiler import is_compiling
 from tiedfused import reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import Activation, get_activation
+from tiedfused.devices import fp32_precision
 from tiedfused.op import apply_encode_decode, keeps_latent_for, kernel_layout, plan_for
-from tiedfused.planning import DTYPES, Plan, fp32_precision, fused_output
+from tiedfused.planning import DTYPES, Plan, fused_output
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -137,7 +138,7 @@ def tied_encode_decode(
     if grad:
         y = apply_encode_decode(rows, weight, bias_enc, bias_dec, plan)
     else:
-        y = BACKENDS[plan.backend].forward(rows, weight, bias_enc, bias_dec, plan)[0]
+        y = BACKENDS[plan.forward.backend].forward(rows, weight, bias_enc, bias_dec, plan)[0]
     if plan.output_activation.name != output_activation:
         y = get_activation(output_activation).forward(y)
     return y if rows is x or x.dim() == 2 else y.view(x.shape)

@@ -19,29 +19,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from tiedfused import planning, reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.planning import Plan
-
-
-def _capability(x: Tensor) -> int | None:
-    return planning.cuda_capability(x.device.index) if x.device.type == "cuda" else None
+from tiedfused.regimes import tiled
 
 
 def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None) -> bool:
     """Whether a training step on x ``[N, d]`` keeps the latent.
 
-    x may have symbolic sizes: what is not known of them for certain counts as too large, since to ask would bind the
-    compiled or exported graph to the answer.
+    While a graph is traced, sizes may be symbolic, and a rule of thumb that holds for all devices stands for the plan:
+    what is not known of the sizes for certain counts as too large, since to ask would bind the graph to the answer.
     """
+    (n, d), h = x.shape, weight.shape[0]
+    if not is_compiling() and all(isinstance(size, int) for size in (n, d, h)):
+        return plan_for(x, weight, f, IDENTITY, True, True, recompute).save_latent
+    asked = settings.current().recompute if recompute is None else recompute
+    if asked is not None:
+        return not asked
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second, needed only here
 
-    n, d = x.shape
-    refusal = planning.why_not_triton(d, x.dtype, x.device.type, _capability(x), f, recompute is False)
-    return planning.keeps_latent(n, d, weight.shape[0], x.dtype, refusal is None, recompute, statically_known_true)
+    return tiled.keeps_latent(n, h, d, x.dtype, statically_known_true)
 
 
 def plan_for(
@@ -55,24 +57,7 @@ def plan_for(
 ) -> Plan:
     """The plan of x ``[..., d]`` with weight ``[H, d]``."""
     h, d = weight.shape
-    return planning.make_plan(
-        x.numel() // d,
-        d,
-        h,
-        x.dtype,
-        x.device.type,
-        x.device.index,
-        _capability(x),
-        f,
-        g,
-        grad,
-        grad_x,
-        recompute,
-        planning.fp32_precision(x.device.type),
-        torch.get_num_threads(),
-        planning.allow_atomics(),
-        settings.current(),
-    )
+    return planning.make_plan(planning.request(x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute))
 
 
 def last_stride_one(t: Tensor) -> Tensor:
@@ -106,7 +91,7 @@ class EncodeDecode(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
     ) -> Tensor:
         """The pre-output z ``[N, d]``."""
-        z, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+        z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, weight, bias_enc, latent)
         return z
@@ -123,7 +108,7 @@ class EncodeDecode(torch.autograd.Function):
             grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation)
         else:
             grad_z = last_stride_one(grad_z)
-            grads = BACKENDS[plan.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
+            grads = BACKENDS[plan.backward.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
         grad_bias_dec = grad_z.sum(0) if needs[3] else None
         return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None
 
@@ -156,7 +141,7 @@ def _op_forward(
 ) -> tuple[Tensor, Tensor]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
-    z, latent = BACKENDS[plan.backend].forward(x, weight, bias_enc, bias_dec, plan)
+    z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
     return z, x.new_empty(0) if latent is None else latent.view(-1)
 
 
@@ -173,7 +158,8 @@ def _op_backward(
     grad_z = last_stride_one(grad_z)
     x, weight, bias_enc, _ = kernel_layout(x, weight, bias_enc, None)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent)
-    grads = BACKENDS[plan.backend].backward(
+    assert plan.backward is not None
+    grads = BACKENDS[plan.backward.backend].backward(
         grad_z, x, weight, bias_enc, latent if save_latent else None, plan, (needs[0], needs[1], needs[2])
     )
     grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)

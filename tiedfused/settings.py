@@ -2,9 +2,9 @@
 
 | variable                  | values              | meaning                                                          |
 |---------------------------|---------------------|------------------------------------------------------------------|
-| `TIEDFUSED_BACKEND`       | auto, tiled         | tiled: PyTorch serves everything (auto: the plan chooses)        |
+| `TIEDFUSED_REGIME`        | auto, or a regime   | use this regime where it applies, else tiled (auto: the plan)    |
 | `TIEDFUSED_RECOMPUTE`     | auto, 0, 1          | the default of ``recompute=`` (auto: None, the plan chooses)     |
-| `TIEDFUSED_WORKSPACE_MIB` | a number, 256       | the most that may be kept of the latent from forward to backward |
+| `TIEDFUSED_WORKSPACE_MIB` | a number, 256       | the most that is kept of the latent, and that buffers may take   |
 | `TIEDFUSED_ATOMICS`       | 0, 1                | 1 allows the one-pass backward with atomics: not reproducible    |
 
 `override` changes them for the length of a ``with`` block.
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MIB = 1 << 20
+REGIME_NAMES = ("stream", "chunked", "tiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +27,22 @@ class Settings:
     """The settings in force; `current` returns them.
 
     Args:
-        backend: ``"auto"``, or ``"tiled"`` to keep the Triton kernels out.
+        regime: ``"auto"`` lets the plan choose; a name of `REGIME_NAMES` is used wherever it applies, and ``"tiled"``
+            where it does not.
         recompute: what ``recompute=None`` of a call stands for: None lets the plan choose.
-        workspace_bytes: the most bytes of latent that a training step may keep where the plan chooses.
+        workspace_bytes: the most bytes of latent that a training step may keep where the plan chooses, and the most
+            that the buffers of a pass may take.
         atomics: whether the backward pass may add x̄ with atomics (faster in places, not bitwise reproducible).
     """
 
-    backend: str = "auto"
+    regime: str = "auto"
     recompute: bool | None = None
     workspace_bytes: int = 256 * MIB
     atomics: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", "tiled"):
-            raise ValueError(f"TIEDFUSED_BACKEND: got {self.backend!r}; expected auto or tiled")
+        if self.regime not in ("auto", *REGIME_NAMES):
+            raise ValueError(f"TIEDFUSED_REGIME: got {self.regime!r}; expected auto, {', '.join(REGIME_NAMES)}")
         if self.recompute is not None and not isinstance(self.recompute, bool):
             raise ValueError(f"TIEDFUSED_RECOMPUTE: got {self.recompute!r}; expected None, True or False")
         if self.workspace_bytes < 0:
@@ -65,7 +68,7 @@ class Settings:
         except (ValueError, OverflowError):
             raise ValueError(f"TIEDFUSED_WORKSPACE_MIB: got {mib!r}; expected a number of MiB") from None
         return cls(
-            backend=environment.get("TIEDFUSED_BACKEND", "auto").lower(),
+            regime=environment.get("TIEDFUSED_REGIME", "auto").lower(),
             recompute=choice("TIEDFUSED_RECOMPUTE", {"auto": None, "0": False, "1": True}, "auto"),
             workspace_bytes=workspace_bytes,
             atomics=choice("TIEDFUSED_ATOMICS", {"0": False, "1": True}, "0"),

@@ -12,7 +12,9 @@ import json
 import math
 from importlib import resources as package_files
 
-KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
+STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
+CHUNK_KERNELS = ("chunk_latent", "chunk_decode", "chunk_weight_grad")
+KERNELS = STREAM_KERNELS + CHUNK_KERNELS
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_BLOCK_D = 512
@@ -34,6 +36,25 @@ class Tile:
 
     block_n: int
     block_h: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmTile:
+    """Launch shape of a matrix product of the chunked regime.
+
+    Args:
+        block_m: rows of the result a program makes; a power of two, at least 16.
+        block_n: columns of it, likewise.
+        block_k: how far a step goes along the summed dimension, likewise.
+        num_warps: warps of 32 threads in a block.
+        num_stages: depth of the pipeline of both operands.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
 
@@ -95,7 +116,7 @@ def _tensor_core(capability: int, itemsize: int, rows: int) -> str:
     return "mma"
 
 
-def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: int) -> Resources:
+def resources(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, capability: int) -> Resources:
     """What `kernel` needs with `tile`.
 
     Args:
@@ -105,6 +126,8 @@ def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: 
         itemsize: bytes of an element of x and W: 2 or 4. With 4 the larger of ieee and tf32 is returned.
         capability: compute capability, e.g. 90.
     """
+    if isinstance(tile, GemmTile):
+        return _gemm_resources(kernel, tile, itemsize, capability)
     weight_stationary = kernel.startswith("weight_grad")
     atomic = kernel == "weight_grad_atomic"
     rows = _rows(kernel, tile)
@@ -148,7 +171,23 @@ def resources(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: 
     return Resources(shared_bytes=shared, registers_per_thread=math.ceil(_ADDRESSING_REGISTERS + live))
 
 
-def check_tile(kernel: str, tile: Tile, block_d: int, itemsize: int, capability: int) -> None:
+def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int) -> Resources:
+    """Both operands of every product of a step are staged; `chunk_latent` makes two results, a and h̄."""
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    operands, results = {
+        "chunk_latent": (2 * m + n, 2),
+        "chunk_decode": (m + n, 1),
+        "chunk_weight_grad": (2 * (m + n), 1),
+    }[kernel]
+    buffers = tile.num_stages if capability // 10 in (9, 10) else max(1, tile.num_stages - 1)
+    shared = buffers * operands * k * itemsize
+    if _tensor_core(capability, itemsize, m) == "tcgen05":
+        shared += _BARRIER_BYTES
+    registers = math.ceil(_ADDRESSING_REGISTERS + results * m * n / (32 * tile.num_warps))
+    return Resources(shared_bytes=shared, registers_per_thread=registers)
+
+
+def check_tile(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, capability: int) -> None:
     """Refuse a tile that cannot run.
 
     Args:
@@ -167,16 +206,20 @@ def check_tile(kernel: str, tile: Tile, block_d: int, itemsize: int, capability:
     if capability not in ARCHITECTURES:
         known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
         raise ValueError(f"capability: sm_{capability} is none of {known}")
-    for name, block in (("block_n", tile.block_n), ("block_h", tile.block_h), ("block_d", block_d)):
+    blocks = {name: size for name, size in vars(tile).items() if name.startswith("block_")}
+    if isinstance(tile, Tile):
+        blocks["block_d"] = block_d
+    for name, block in blocks.items():
         if block < _MIN_BLOCK or block & (block - 1):
             raise ValueError(f"{kernel}: {name} must be a power of two of at least {_MIN_BLOCK}, got {block}")
     if tile.num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"{kernel}: num_warps must be 1, 2, 4, 8 or 16, got {tile.num_warps}")
+    rows = tile.block_m if isinstance(tile, GemmTile) else _rows(kernel, tile)
     # unpipelined, the streamed tile is kept in two layouts, except where wgmma reads both from one
-    fewest_stages = 1 if _tensor_core(capability, itemsize, _rows(kernel, tile)) == "wgmma" else 2
+    fewest_stages = 1 if _tensor_core(capability, itemsize, rows) == "wgmma" else 2
     if tile.num_stages < fewest_stages:
         raise ValueError(f"{kernel}: num_stages must be at least {fewest_stages} for {tile} on sm_{capability}")
-    if block_d > _MAX_BLOCK_D:
+    if isinstance(tile, Tile) and block_d > _MAX_BLOCK_D:
         raise ValueError(f"{kernel}: rows of more than {_MAX_BLOCK_D} elements do not fit on chip, got {block_d}")
 
     limits = ARCHITECTURES[capability]
@@ -196,7 +239,7 @@ def check_tile(kernel: str, tile: Tile, block_d: int, itemsize: int, capability:
 
 @functools.cache
 def _packaged(capability: int) -> dict[str, dict[str, dict[str, list[int]]]] | None:
-    """kernel → itemsize → block_d → tile, of the architecture's file."""
+    """kernel → itemsize → block_d, or "any" → tile, of the architecture's file."""
     file = package_files.files("tiedfused") / "configs" / f"sm{capability}.json"
     if not file.is_file():
         return None
@@ -204,24 +247,23 @@ def _packaged(capability: int) -> dict[str, dict[str, dict[str, list[int]]]] | N
     return tiles
 
 
-def _shrunk(tile: Tile) -> Tile | None:
+def _shrunk(tile: Tile | GemmTile) -> Tile | GemmTile | None:
     """The next smaller tile: a shorter pipeline, then half of the larger block."""
     if tile.num_stages > 2:
         return dataclasses.replace(tile, num_stages=tile.num_stages - 1)
-    if max(tile.block_n, tile.block_h) == _MIN_BLOCK:
-        return None
-    if tile.block_n >= tile.block_h:
-        return dataclasses.replace(tile, block_n=tile.block_n // 2)
-    return dataclasses.replace(tile, block_h=tile.block_h // 2)
+    first, second = ("block_n", "block_h") if isinstance(tile, Tile) else ("block_m", "block_n")
+    larger = first if getattr(tile, first) >= getattr(tile, second) else second
+    size = getattr(tile, larger)
+    return None if size == _MIN_BLOCK else dataclasses.replace(tile, **{larger: size // 2})
 
 
 @functools.cache
-def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile, str]:
+def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile | GemmTile, str]:
     """The tile to launch `kernel` with.
 
     Args:
         kernel: one of `KERNELS`.
-        d: row width in elements, 1 to 512.
+        d: row width in elements, 1 to 512; the chunked regime's kernels have one tile for every d.
         dtype: of x and W: "bfloat16", "float16" or "float32".
         capability: compute capability, one of `ARCHITECTURES`.
 
@@ -235,13 +277,15 @@ def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile, str]
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
     itemsize, width = _ITEMSIZE[dtype], block_d(d)
-    entry = (_packaged(capability) or {}).get(kernel, {}).get(str(itemsize), {}).get(str(width))
+    chunk = kernel in CHUNK_KERNELS
+    key = "any" if chunk else str(width)
+    entry = (_packaged(capability) or {}).get(kernel, {}).get(str(itemsize), {}).get(key)
     if entry is not None:
-        packaged = Tile(*entry)
+        packaged = GemmTile(*entry) if chunk else Tile(*entry)
         check_tile(kernel, packaged, width, itemsize, capability)
         return packaged, f"configs/sm{capability}.json"
 
-    tile = Tile(64, 64, 8, 3)
+    tile: Tile | GemmTile = GemmTile(128, 64, 32, 8, 3) if chunk else Tile(64, 64, 8, 3)
     while True:
         try:
             check_tile(kernel, tile, width, itemsize, capability)

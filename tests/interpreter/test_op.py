@@ -139,9 +139,10 @@ def test_nothing_of_the_size_of_the_latent_is_saved() -> None:
     assert max(saved) == 50 * 4
 
 
-def test_keeping_the_latent_falls_back_to_tiles() -> None:
-    assert tiedfused.plan(12, 8, 20, recompute=False).backend == "tiled"
-    assert_layer_matches(layer(recompute=False), problem(12, 8, 20))
+@pytest.mark.parametrize(("activation", "backend"), [("relu", "triton"), ("gelu", "tiled")])
+def test_keeping_the_latent(activation: str, backend: str) -> None:
+    assert tiedfused.plan(12, 8, 20, recompute=False, activation=activation).backend == backend
+    assert_layer_matches(layer(recompute=False, activation=activation), problem(12, 8, 20), activation=activation)
 
 
 def test_registered_op_and_compile() -> None:

@@ -16,6 +16,7 @@ import torch
 from tiedfused import planning
 from tiedfused._backends import tiled
 from tiedfused.activations import HAS_TRITON, IDENTITY
+from tiedfused.regimes.common import why_not_triton
 
 BACKENDS = {"tiled": tiled}
 if HAS_TRITON:
@@ -40,7 +41,6 @@ def backends() -> tuple[BackendStatus, ...]:
         >>> [status.name for status in tiedfused.backends() if status.why_not is None][-1]
         'tiled'
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    capability = planning.cuda_capability(None) if device == "cuda" else None
-    refusal = planning.why_not_triton(1, torch.float32, device, capability, IDENTITY, keep_latent=False)
-    return BackendStatus("triton", refusal), BackendStatus("tiled", None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    smallest = planning.request(1, 1, 1, torch.float32, device, IDENTITY, IDENTITY, False, False, None)
+    return BackendStatus("triton", why_not_triton(smallest)), BackendStatus("tiled", None)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiedfused.activations import IDENTITY, Activation
-from tiedfused.planning import Plan, TorchTile
+from tiedfused.planning import Plan
+from tiedfused.regimes.common import TorchTile
 
 
 def _blas_linear(a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> Tensor:
@@ -122,7 +123,7 @@ def forward(
     What is kept is h where f's gradient can be read off it, else the pre-activation.
     """
     f, g, n, h = plan.activation, plan.output_activation, plan.n, plan.h
-    tile: TorchTile = plan.passes[0].tile  # type: ignore[assignment]
+    tile: TorchTile = plan.forward.passes[0].tile  # type: ignore[assignment]
     products = _PRODUCTS[tile.products]
     if n <= tile.block_n and h <= tile.block_h:
         latent, saved = _encode(products, x, weight, bias_enc, f)
@@ -176,18 +177,27 @@ def backward(
     tile of h is read from `latent` where the forward kept it and recomputed where it did not.
     """
     f = plan.activation
-    tile: TorchTile = plan.passes[-1].tile  # type: ignore[assignment]
+    assert plan.backward is not None
+    tile: TorchTile = plan.backward.passes[0].tile  # type: ignore[assignment]
     products = _PRODUCTS[tile.products]
     need_x, need_weight, need_bias = needs
-    if plan.n <= tile.block_n and plan.h <= tile.block_h and tile.products == "blas":
+    n, h = x.shape[0], plan.h
+    if n <= tile.block_n and h <= tile.block_h and tile.products == "blas":
         return _one_tile_backward(grad_z, x, weight, bias_enc, latent, f, needs)
 
-    blocks = _latent_blocks(latent, plan.n, plan.h, tile) if latent is not None else None
+    if need_x and n > tile.block_n and len(plan.backward.passes) == 2:  # x̄ apart: only a tile's rows of it are summed
+        kept = [None] * n if latent is None else latent.view(-1).split(tile.block_n * h)
+        parts = zip(_rows(grad_z, tile.block_n), _rows(x, tile.block_n), kept, strict=False)
+        grads = [backward(*part[:2], weight, bias_enc, part[2], plan, (True, False, False))[0] for part in parts]
+        others = backward(grad_z, x, weight, bias_enc, latent, plan, (False, need_weight, need_bias))
+        return torch.cat(grads), *others[1:]  # type: ignore[arg-type]
+
+    blocks = _latent_blocks(latent, n, h, tile) if latent is not None else None
     weights = _rows(weight, tile.block_h)
     biases = _rows(bias_enc, tile.block_h) if bias_enc is not None else [None] * len(weights)
     grad_x = x.new_empty(x.shape) if need_x else None
     grad_weight = weight.new_empty(weight.shape) if need_weight else None
-    grad_bias = weight.new_empty(plan.h) if need_bias else None
+    grad_bias = weight.new_empty(h) if need_bias else None
     sum_x = _sum_for(grad_x) if grad_x is not None else None
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)

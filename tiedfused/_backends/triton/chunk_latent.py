@@ -1,0 +1,149 @@
+"""A chunk of the latent: ``h = f(x Wᵀ + b_enc)`` and, for the backward pass, ``ā = (ō Wᵀ) ⊙ f′``; W is fetched once for
+both products. Where the forward kept h, it is read, and only the second product is made.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiedfused._backends.triton.grid import block_of
+from tiedfused.activations import Activation
+from tiedfused.tiles import GemmTile
+
+
+@triton.jit
+def chunk_latent_kernel(
+    x_ptr,
+    grad_pre_ptr,
+    w_ptr,
+    bias_enc_ptr,
+    h_ptr,
+    grad_a_ptr,
+    grad_bias_enc_ptr,
+    N,
+    H,
+    D,
+    stride_x,
+    stride_grad_pre,
+    stride_w,
+    stride_h,
+    stride_grad_a,
+    stride_grad_bias_enc,
+    ACTIVATION: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    block_n, block_h = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    mask_h = offs_h < H
+    # rows outside are read as the last one, and never written: no mask for them in the loop
+    rows = tl.minimum(offs_n, N - 1).to(tl.int64)[:, None]
+    latents = tl.minimum(offs_h, H - 1).to(tl.int64)[:, None]
+
+    a = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    grad_h = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for d0 in tl.range(0, D, BLOCK_D):
+        mask_d = tl.full([1, BLOCK_D], True, tl.int1) if EVEN_D else (offs_d < D - d0)[None, :]
+        columns = d0 + offs_d[None, :]
+        w = tl.load(w_ptr + latents * stride_w + columns, mask=mask_d, other=0.0)  # [BLOCK_H, BLOCK_D]
+        if not KEPT:
+            x = tl.load(x_ptr + rows * stride_x + columns, mask=mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+            a = tl.dot(x, w.T, a, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+        if grad_pre_ptr is not None:
+            grad_pre = tl.load(grad_pre_ptr + rows * stride_grad_pre + columns, mask=mask_d, other=0.0)
+            grad_h = tl.dot(grad_pre, w.T, grad_h, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+
+    mask = mask_n[:, None] & mask_h[None, :]
+    if h_ptr is not None:
+        h_ptrs = h_ptr + offs_n.to(tl.int64)[:, None] * stride_h + offs_h[None, :]
+    if KEPT:
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        a = h  # f′ is read off h here: `Activation.from_output`
+    else:
+        if bias_enc_ptr is not None:
+            a += tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+        h = ACTIVATION(a)
+        if h_ptr is not None:
+            tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    if grad_pre_ptr is not None:
+        grad_a = tl.where(mask, grad_h * DERIVATIVE(a, h), 0.0)
+        grad_a_ptrs = grad_a_ptr + offs_n.to(tl.int64)[:, None] * stride_grad_a + offs_h[None, :]
+        tl.store(grad_a_ptrs, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
+        if grad_bias_enc_ptr is not None:
+            grad_bias_ptrs = grad_bias_enc_ptr + tl.cast(block_n, tl.int64) * stride_grad_bias_enc + offs_h
+            tl.store(grad_bias_ptrs, tl.sum(grad_a, 0), mask=mask_h)
+
+
+def chunk_latent(
+    x: Tensor,
+    grad_pre: Tensor | None,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    *,
+    h: Tensor | None,
+    kept: bool = False,
+    grad_a: Tensor | None = None,
+    grad_bias_enc: Tensor | None = None,
+    activation: Activation,
+    tile: GemmTile,
+    precision: str,
+) -> None:
+    """Write a chunk of h, of ā, or of both.
+
+    Args:
+        x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
+        grad_pre: ō [N, d], the gradient before the output activation, dtype and layout as `x`; None makes h alone.
+        weight: [H, d], the chunk's rows, the dtype of `x`, unit stride along d.
+        bias_enc: [H], any floating dtype, or None.
+        h: [N, H], the dtype of `x`, unit stride along H: written, or read if `kept`; None where it is not asked for.
+        kept: `h` holds the latent already.
+        grad_a: ā [N, H], likewise; written if `grad_pre` is given.
+        grad_bias_enc: [ceil(N / tile.block_m), H] fp32, unit stride along H: written, each row the sum of ā over that
+            many rows; or None.
+        activation: f, an entry with a Triton pair; with `kept` one whose gradient is read off its output.
+        tile: block_m rows, block_n latents, block_k of d a step.
+        precision: "ieee" or "tf32", for fp32 inputs.
+    """
+    assert activation.triton is not None
+    N, D = x.shape
+    H = weight.shape[0]
+    chunk_latent_kernel[(triton.cdiv(N, tile.block_m) * triton.cdiv(H, tile.block_n),)](
+        x_ptr=x,
+        grad_pre_ptr=grad_pre,
+        w_ptr=weight,
+        bias_enc_ptr=bias_enc,
+        h_ptr=h,
+        grad_a_ptr=grad_a,
+        grad_bias_enc_ptr=grad_bias_enc,
+        N=N,
+        H=H,
+        D=D,
+        stride_x=x.stride(0),
+        stride_grad_pre=0 if grad_pre is None else grad_pre.stride(0),
+        stride_w=weight.stride(0),
+        stride_h=0 if h is None else h.stride(0),
+        stride_grad_a=0 if grad_a is None else grad_a.stride(0),
+        stride_grad_bias_enc=0 if grad_bias_enc is None else grad_bias_enc.stride(0),
+        ACTIVATION=activation.triton[0],
+        DERIVATIVE=activation.triton[1],
+        PRECISION=precision,
+        KEPT=kept,
+        EVEN_D=D % tile.block_k == 0,
+        BLOCK_N=tile.block_m,
+        BLOCK_H=tile.block_n,
+        BLOCK_D=tile.block_k,
+        GROUP=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

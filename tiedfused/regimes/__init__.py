@@ -1,0 +1,12 @@
+"""The regimes: ways to run the layer, each best for some sizes. One module each, all with the same two functions.
+
+    forward(request, keep)  -> Part, or why the regime does not apply
+    backward(request, keep) -> Part, or why the regime does not apply
+
+`keep` asks for the latent to be kept from forward to backward; a kept latent is read by the regime that wrote it.
+A new regime is a module here, an entry of `REGIMES`, and its kernels in `tiedfused._backends`.
+"""
+
+from tiedfused.regimes import chunked, stream, tiled
+
+REGIMES = {"stream": stream, "chunked": chunked, "tiled": tiled}
