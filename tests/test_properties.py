@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import Problem, assert_layer_matches, outputs, problem
+from test_plan import assert_fits
 
 import tiedfused
 from tiedfused import reference
@@ -78,3 +79,22 @@ def test_order_of_atoms_does_not_matter(small_tiles: str, seed: int) -> None:
     torch.testing.assert_close(one["y"], other["y"])
     torch.testing.assert_close(one["grad_weight"][order], other["grad_weight"])
     torch.testing.assert_close(one["grad_x"], other["grad_x"])
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(
+    n=st.integers(0, 1 << 17),
+    d=st.integers(1, 1 << 17),
+    h=st.integers(1, 1 << 17),
+    dtype=st.sampled_from(tiedfused.planning.DTYPES),
+    capability=st.sampled_from([None, *tiedfused.tiles.ARCHITECTURES]),
+    grad=st.booleans(),
+    grad_x=st.booleans(),
+    regime=st.sampled_from(["auto", *tiedfused.settings.REGIME_NAMES]),
+)
+def test_every_problem_has_a_plan_that_fits(n, d, h, dtype, capability, grad, grad_x, regime) -> None:
+    device = "cpu" if capability is None else "cuda"
+    with tiedfused.settings.override(regime=regime):
+        assert_fits(
+            tiedfused.plan(n, d, h, dtype=dtype, device=device, capability=capability, grad=grad, grad_x=grad_x)
+        )

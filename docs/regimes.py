@@ -1,0 +1,88 @@
+"""Write the counts of `docs/regimes.md`: what each regime executes and moves, beside eager PyTorch.
+
+python docs/regimes.py            rewrite the table in docs/regimes.md
+python docs/regimes.py --show     print it
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tiedfused import plan, settings
+from tiedfused.planning import Plan
+from tiedfused.regimes import REGIMES
+
+PAGE = Path(__file__).with_name("regimes.md")
+BEGIN, END = "<!-- python docs/regimes.py -->\n", "<!-- end -->\n"
+SHAPES = (
+    (16384, 64, 16384),
+    (16384, 128, 32768),
+    (16384, 256, 16384),
+    (8192, 512, 16384),
+    (4096, 768, 24576),
+    (8192, 4096, 32768),
+    (4096, 784, 64),
+    (16, 4096, 131072),
+)
+DTYPE = torch.bfloat16
+
+
+def eager(n: int, d: int, h: int) -> tuple[int, int, int]:
+    """FLOPs, bytes and workspace of a training step in eager PyTorch with relu and without x̄.
+
+    The latent is written by the first product, read and written by relu, and read by the second; backward writes h̄,
+    reads it and h and writes ā, and reads ā and h for the two products of W̄.
+    """
+    x, w, latent = (rows * columns * DTYPE.itemsize for rows, columns in ((n, d), (h, d), (n, h)))
+    forward = 2 * x + 2 * w + 4 * latent
+    backward = 3 * x + w + 6 * latent + 4 * w
+    return 10 * n * d * h, forward + backward, 3 * latent
+
+
+def row(regime: str, p: Plan) -> str:
+    cells = (
+        f"{regime}, latent kept" if p.save_latent else regime,
+        f"{p.executed_flops / (p.n * p.d * p.h):g}",
+        f"{p.bytes_moved / 1e9:.2f}",
+        f"{p.workspace_bytes / settings.MIB:.0f}",
+        f"{p.predicted_ms:.2f}",
+        f"{p.roofline_ms:.2f}",
+    )
+    return "| | " + " | ".join(cells) + " |"
+
+
+def table() -> str:
+    """The markdown table: for each shape eager PyTorch, what the plan chooses, and each regime by itself."""
+    lines = [
+        "| N, d, H | regime | FLOPs / NdH | GB moved | MiB | predicted ms | roofline ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for n, d, h in SHAPES:
+        flops, moved, workspace = eager(n, d, h)
+        counts = f"{flops / (n * d * h):g} | {moved / 1e9:.2f} | {workspace / settings.MIB:.0f}"
+        lines.append(f"| {n}, {d}, {h} | eager | {counts} | | |")
+        options = {"dtype": DTYPE, "device": "cuda", "grad_x": False, "capability": 90}
+        chosen = plan(n, d, h, **options)
+        lines.append(row(f"**{chosen.regime}**", chosen))
+        for regime in REGIMES:
+            with settings.override(regime=regime):
+                p = plan(n, d, h, recompute=True, **options)
+            if p.regime == regime and p.parts != chosen.parts:
+                lines.append(row(regime, p))
+    return "\n".join(lines) + "\n"
+
+
+def rendered(page: str) -> str:
+    """The page with its table made anew."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    if "--show" in sys.argv:
+        print(table(), end="")
+    else:
+        PAGE.write_text(rendered(PAGE.read_text()))
