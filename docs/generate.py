@@ -1,12 +1,12 @@
-"""Write the counts of `docs/regimes.md`: what each regime executes and moves, beside eager PyTorch.
+"""Write the generated blocks of the pages in this folder; each stands between two comments that name this command.
 
-python docs/regimes.py            rewrite the table in docs/regimes.md
-python docs/regimes.py --show     print it
+    python docs/generate.py
 """
 
 from __future__ import annotations
 
-import sys
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from tiedfused import plan, settings
 from tiedfused.planning import Plan
 from tiedfused.regimes import REGIMES
 
-PAGE = Path(__file__).with_name("regimes.md")
-BEGIN, END = "<!-- python docs/regimes.py -->\n", "<!-- end -->\n"
+FOLDER = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- python docs/generate.py: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SHAPES = (
     (16384, 64, 16384),
     (16384, 128, 32768),
@@ -54,7 +54,7 @@ def row(regime: str, p: Plan) -> str:
     return "| | " + " | ".join(cells) + " |"
 
 
-def table() -> str:
+def regimes() -> str:
     """The markdown table: for each shape eager PyTorch, what the plan chooses, and each regime by itself."""
     lines = [
         "| N, d, H | regime | FLOPs / NdH | GB moved | MiB | predicted ms | roofline ms |",
@@ -75,14 +75,24 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def environment() -> str:
+    """The table of environment variables, from where they are read."""
+    return "\n".join(line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")) + "\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"regimes": regimes, "environment": environment}
+
+
 def rendered(page: str) -> str:
-    """The page with its table made anew."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+    """The page with its blocks made anew."""
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], page)
+
+
+def pages() -> list[Path]:
+    """Those that have generated blocks."""
+    return [page for page in sorted(FOLDER.glob("*.md")) if BLOCK.search(page.read_text())]
 
 
 if __name__ == "__main__":
-    if "--show" in sys.argv:
-        print(table(), end="")
-    else:
-        PAGE.write_text(rendered(PAGE.read_text()))
+    for path in pages():
+        path.write_text(rendered(path.read_text()))
