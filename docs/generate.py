@@ -1,6 +1,6 @@
 """Write the generated blocks of the pages in this folder; each stands between two comments that name this command.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from numerics import NAMES, Problem, assert_close, assert_layer_matches, outputs, problem
 
 import tiedfused
-from tiedfused import reference
+from tiedfused import reference, settings
 from tiedfused.functional import tied_encode_decode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,6 +28,15 @@ def layer(**options):
 @pytest.mark.parametrize("n, d, h", SIZES)
 def test_tiles(small_tiles: str, n: int, d: int, h: int, recompute: bool, dtype: torch.dtype) -> None:
     assert_layer_matches(layer(recompute=recompute), problem(n, d, h, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_input_gradient_apart(small_tiles: str, recompute: bool, dtype: torch.dtype) -> None:
+    with settings.override(workspace_bytes=0):  # no room for the sum of x̄
+        p = tiedfused.plan(70, 33, 100, dtype=dtype, recompute=recompute)
+        assert len(p.backward.passes) == (2 if dtype.itemsize == 2 else 1)
+        assert_layer_matches(layer(recompute=recompute), problem(70, 33, 100, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,17 +79,49 @@ def test_biases(biases: bool, recompute: bool | None, device: str) -> None:
     )
 
 
+@pytest.fixture(params=settings.REGIME_NAMES)
+def regime(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each regime in turn, wherever it applies."""
+    with settings.override(regime=request.param):
+        yield request.param
+
+
+def serves(regime: str, n: int, d: int, h: int, dtype: torch.dtype, **options: bool) -> None:
+    p = tiedfused.plan(n, d, h, dtype=dtype, device="cuda", **options)
+    if regime not in p.regime:
+        pytest.skip(dict(p.alternatives)[regime])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 200, 256, 384, 512, 768])
-def test_large(d: int, dtype: torch.dtype) -> None:
-    assert_layer_matches(layer(), problem(3000, d, 5000, dtype, "cuda", activation="none"))
+@pytest.mark.parametrize("recompute", [True, False])
+def test_large(regime: str, recompute: bool, d: int, dtype: torch.dtype) -> None:
+    serves(regime, 3000, d, 5000, dtype, recompute=recompute)
+    assert_layer_matches(layer(recompute=recompute), problem(3000, d, 5000, dtype, "cuda", activation="none"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "d", "h"), [(5, 300, 7000), (64, 512, 9000), (3000, 784, 64), (2000, 3000, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_shapes_with_a_regime_of_their_own(regime: str, grad: bool, dtype: torch.dtype, n: int, d: int, h: int) -> None:
+    serves(regime, n, d, h, dtype, grad=grad)
+    p = problem(n, d, h, dtype, "cuda", activation="none")
+    if grad:
+        assert_layer_matches(layer(), p)
+        return
+    with torch.no_grad():
+        y, eager = layer()(*p.operands), reference.tied_encode_decode(*p.operands)
+        truth = reference.tied_encode_decode(*p.to(torch.float64).operands)
+    assert_close(y, eager, truth, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", BUILT_IN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_activations_on_gpu(activation: str, dtype: torch.dtype) -> None:
+def test_activations_on_gpu(regime: str, activation: str, dtype: torch.dtype) -> None:
+    serves(regime, 300, 100, 517, dtype)
     p = problem(300, 100, 517, dtype, "cuda", activation=activation)
     assert_layer_matches(layer(activation=activation), p, activation=activation)
 
