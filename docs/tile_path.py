@@ -42,10 +42,7 @@ def memory(ax: Axes, title: str) -> None:
     """The band of device memory at the foot, and a title."""
     ax.set(xlim=(0, 6.4), ylim=(0, 5.6))
     ax.axis("off")
-    ax.add_patch(
-        FancyBboxPatch((0.1, 0.15), 6.2, 1.35, boxstyle="round,pad=0,rounding_size=0.08", fc=MEMORY, ec="none")
-    )
-    ax.text(0.25, 0.28, "device memory", fontsize=9, color=MUTED, va="bottom")
+    area(ax, 0.15, 1.35, "device memory", MEMORY, "none")
     ax.text(3.2, 5.35, title, ha="center", fontsize=12.5, color=INK, weight="bold")
 
 
@@ -73,10 +70,7 @@ def fused(ax: Axes) -> None:
     box(ax, 0.9, 0.62, 0.8, 0.7, "x", "white")
     box(ax, 2.8, 0.62, 0.8, 0.7, "W", "white")
     box(ax, 4.75, 0.62, 0.8, 0.7, "y", "white")
-    ax.add_patch(
-        FancyBboxPatch((0.3, 2.05), 5.8, 2.1, boxstyle="round,pad=0,rounding_size=0.08", fc=CHIP, ec=INK, lw=1.2)
-    )
-    ax.text(0.45, 2.15, "on chip", fontsize=9, color=MUTED, va="bottom")
+    area(ax, 2.05, 2.1, "on chip", CHIP, INK)
     box(ax, 2.5, 2.45, 1.4, 0.62, "tile of W", "white")
     box(ax, 0.6, 3.3, 1.5, 0.62, "x Wᵀ + b", "white")
     box(ax, 2.6, 3.3, 1.2, 0.62, "h = f(a)", "white")
@@ -88,13 +82,8 @@ def fused(ax: Axes) -> None:
     arrow(ax, (2.1, 3.61), (2.6, 3.61))
     arrow(ax, (3.8, 3.61), (4.3, 3.61))
     arrow(ax, (5.15, 3.3), (5.15, 1.32))
-    ax.text(
-        3.2,
-        4.55,
-        "a tile of W is fetched once and used for both products;\nthe latent is never written",
-        ha="center",
-        color=INK,
-    )
+    gain = "a tile of W is fetched once and used for both products;\nthe latent is never written"
+    ax.text(3.2, 4.55, gain, ha="center", color=INK)
 
 
 def main() -> None:
