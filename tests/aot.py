@@ -144,6 +144,9 @@ def compile_kernel(
         partial = empty(split, rows, d, dtype=torch.float32) if split > 1 else empty(rows, d)
         partial_weight = empty(split, latents, d, dtype=torch.float32) if split > 1 else empty(latents, d)
         launch = {
+            "chunk_encode": lambda: chunk_latent(
+                x, None, weight, bias_enc, h=latent, activation=get_activation(activation), **gemm
+            ),
             "chunk_latent": lambda: chunk_latent(
                 x,
                 x,

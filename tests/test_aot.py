@@ -87,6 +87,14 @@ def test_chunk_kernel(kernel: str, capability: int, dtype: torch.dtype) -> None:
         assert compiled.mma == 0
 
 
+@pytest.mark.parametrize("kernel", ["chunk_encode", "chunk_latent"])
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "softplus"])
+def test_chunk_kernels_of_any_activation_do_not_spill(kernel: str, activation: str) -> None:
+    tile, _ = lookup(kernel, 768, "bfloat16", 90)
+    (compiled,) = compile_kernel(kernel, tile, 768, torch.bfloat16, 90, activation=activation)
+    assert compiled.stack_bytes == 0
+
+
 @pytest.mark.parametrize("kernel", CHUNK_KERNELS)
 def test_chunk_kernel_of_odd_sizes_split_and_ieee(kernel: str) -> None:
     tile, _ = lookup(kernel, 1, "bfloat16", 90)

@@ -13,7 +13,7 @@ import math
 from importlib import resources as package_files
 
 STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
-CHUNK_KERNELS = ("chunk_latent", "chunk_decode", "chunk_weight_grad")
+CHUNK_KERNELS = ("chunk_encode", "chunk_latent", "chunk_decode", "chunk_weight_grad")
 KERNELS = STREAM_KERNELS + CHUNK_KERNELS
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -172,9 +172,12 @@ def resources(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, c
 
 
 def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int) -> Resources:
-    """Both operands of every product of a step are staged; `chunk_latent` makes two results, a and h̄."""
+    """Both operands of every product of a step are staged; `chunk_latent` makes two results, a and h̄, where its other
+    entry, `chunk_encode`, makes a alone.
+    """
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     operands, results = {
+        "chunk_encode": (m + n, 1),
         "chunk_latent": (2 * m + n, 2),
         "chunk_decode": (m + n, 1),
         "chunk_weight_grad": (2 * (m + n), 1),

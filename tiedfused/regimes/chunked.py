@@ -40,7 +40,7 @@ def why_not(r: Request, keep: bool) -> str | None:
 
 
 def forward(r: Request, keep: bool) -> Part | str:
-    """``chunk_latent`` and ``chunk_decode`` for every chunk; a kept latent is written where it stays."""
+    """``chunk_encode`` and ``chunk_decode`` for every chunk; a kept latent is written where it stays."""
     return _best(r, keep, _forward_passes)
 
 
@@ -188,7 +188,7 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     decode.expose(2 * sums * steps_n * steps_h, sums)
     return (
         _product(
-            r, "chunk_latent", products=1, rows=rows, columns=latents, launches=launches, workspace=workspace,
+            r, "chunk_encode", products=1, rows=rows, columns=latents, launches=launches, workspace=workspace,
             traffic=encode,
         ),
         _product(
