@@ -64,6 +64,11 @@ def test_call(arguments, options, error, message) -> None:
         ({"activation": "no"}, ValueError, r"activation: unknown activation 'no'"),
         ({"output_activation": "no"}, ValueError, r"output_activation: unknown activation 'no'"),
         ({"bias_mode": "both"}, ValueError, r"bias_mode: expected one of none, independent, pre, latent, got 'both'"),
+        (
+            {"bias_mode": "negative"},
+            ValueError,
+            r"b_dec = −b_enc is none .* b_enc has 16 entries and b_dec has 8: 'latent'",
+        ),
         ({"bias": True, "bias_mode": "none"}, ValueError, r"bias_mode: expected independent.*got 'none'"),
         ({"dtype": torch.int8}, TypeError, r"dtype: expected one of torch.float32.*got torch.int8"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, r"dtype: expected one of .*got torch.float8_e4m3fn"),
@@ -78,8 +83,16 @@ def test_module(options, error, message) -> None:
 
 def test_module_shape_error_names_what_was_expected() -> None:
     for bias_mode in ("none", "pre"):
-        with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\], as weight is \[16, 8\], got \[3, 16\]"):
-            tiedfused.TiedLinear(8, 16, bias_mode=bias_mode)(torch.randn(3, 16))
+        layer = tiedfused.TiedLinear(8, 16, bias_mode=bias_mode)
+        for method in (layer, layer.encode):
+            with pytest.raises(
+                ValueError, match=r"^TiedLinear\(in_features=8, out_features=16, .*\): x: expected .*8\]"
+            ):
+                method(torch.randn(3, 16))
+        with pytest.raises(ValueError, match=r"^TiedLinear\(.*\): h: expected shape \[..., 16\], got \[3, 8\]"):
+            layer.decode(X)
+        with pytest.raises(TypeError, match=r"^TiedLinear\(.*\): x: expected a tensor, got list"):
+            layer([1.0])
 
 
 def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:

@@ -176,3 +176,68 @@ def test_registered_activation_serves(custom_activation: str) -> None:
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
     assert custom_activation in tiedfused.activation_names()
+
+
+@pytest.mark.parametrize("bias_mode", ["independent", "pre", "latent"])
+def test_normalized_atoms(bias_mode: str) -> None:
+    layer = TiedLinear(5, 7, activation="tanh", bias_mode=bias_mode, normalize_atoms=True, dtype=torch.float64)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(4, 5, dtype=torch.float64)
+
+    def plain(weight: torch.Tensor) -> torch.Tensor:
+        w = weight / weight.square().sum(1, keepdim=True).sqrt()
+        b = layer.bias_enc
+        c = -b @ w if bias_mode == "latent" else layer.bias_dec
+        return torch.tanh((x - c if bias_mode == "pre" else x) @ w.T + b) @ w + c
+
+    expected = plain(layer.weight)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.decode(layer.encode(x)), expected)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), layer.weight)[0])
+    torch.testing.assert_close((grad * layer.weight).sum(1), torch.zeros(7, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(layer, {"weight": w}, x), layer.weight)
+    torch.testing.assert_close(layer.atoms().norm(dim=1), torch.ones(7, dtype=torch.float64))
+    encoder, decoder = layer.to_linear_pair()
+    torch.testing.assert_close(decoder(encoder(x).tanh()), expected)
+    assert "normalize_atoms=True" in repr(layer)
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_row_of_zeros_stays_finite(dtype: torch.dtype) -> None:
+    layer = TiedLinear(5, 7, normalize_atoms=True, dtype=dtype)
+    with torch.no_grad():
+        layer.weight[3] = 0
+    layer(torch.randn(4, 5).to(dtype)).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    layer.project_atoms_()
+    assert not layer.weight[3].any() and layer.weight.isfinite().all()
+
+
+def test_projections() -> None:
+    layer = TiedLinear(5, 7, activation="relu")
+    with pytest.raises(RuntimeError, match=r"TiedLinear\(in_features=5.*\): weight has no gradient"):
+        layer.project_gradient_()
+    layer(torch.randn(4, 5)).square().sum().backward()
+    before, weight = layer.weight.grad.clone(), layer.weight.detach().clone()
+    assert ((before * weight).sum(1).abs() > 1e-3).any()
+    layer.project_gradient_()
+    unit = weight / weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close((layer.weight.grad * weight).sum(1), torch.zeros(7), atol=1e-5, rtol=0)
+    removed = before - layer.weight.grad
+    torch.testing.assert_close(removed, (removed * unit).sum(1, keepdim=True) * unit)
+    layer.project_atoms_()
+    torch.testing.assert_close(layer.weight, unit)
+    assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+
+
+def test_from_linear_refuses_to_change_norms() -> None:
+    encoder = nn.Linear(8, 16)
+    with pytest.raises(ValueError, match=r"normalize_atoms: expected rows of norm 1, got norms from 0\."):
+        TiedLinear.from_linear(encoder, normalize_atoms=True)
+    with torch.no_grad():
+        encoder.weight.div_(encoder.weight.norm(dim=1, keepdim=True))
+    layer = TiedLinear.from_linear(encoder, normalize_atoms=True)
+    torch.testing.assert_close(layer(X), encoder(X) @ encoder.weight)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tiedfused.activations import get_activation
 from tiedfused.functional import tied_encode_decode
+from tiedfused.nn.checks import check_features, check_size, describe
 from tiedfused.planning import DTYPES
 
 BIAS_MODES = ("none", "independent", "pre", "latent")
@@ -36,6 +37,10 @@ class TiedLinear(nn.Module):
               bias added, so y = (f(x Wᵀ + b_enc) − b_enc) W before g.
 
             b_dec = −b_enc, the first coupling that comes to mind, does not exist: b_enc has H entries, b_dec has d.
+        normalize_atoms: use W with every row divided by its norm, differentiably: the loss then cannot be lowered by
+            scaling atoms, and `weight`'s gradient is at right angles to them. For H > d and a latent that is not sparse
+            y starts about H / d times too large. The other way to unit atoms, `project_atoms_` after the optimiser's
+            step, costs nothing in the forward pass.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -66,17 +71,23 @@ class TiedLinear(nn.Module):
         activation: str = "identity",
         output_activation: str = "identity",
         bias_mode: str | None = None,
+        normalize_atoms: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         if bias_mode is None:
             bias_mode = "independent" if bias else "none"
         if bias_mode not in BIAS_MODES:
-            raise ValueError(f"bias_mode: expected one of {', '.join(BIAS_MODES)}, got {bias_mode!r}")
+            why = ""
+            if out_features != in_features:
+                why = (
+                    f"; b_dec = −b_enc is none of them, as b_enc has {out_features} entries and b_dec has "
+                    f"{in_features}: 'latent' is b_dec = −b_enc W"
+                )
+            raise ValueError(f"bias_mode: expected one of {', '.join(BIAS_MODES)}, got {bias_mode!r}{why}")
         if bias and bias_mode == "none":
             raise ValueError("bias_mode: expected independent, pre or latent, as bias is True, got 'none'")
         if dtype is not None and dtype not in DTYPES:
@@ -88,6 +99,7 @@ class TiedLinear(nn.Module):
         self.activation = activation
         self.output_activation = output_activation
         self.bias_mode = bias_mode
+        self.normalize_atoms = normalize_atoms
         new = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **new))  # type: ignore[arg-type]
         for name, size, modes in (
@@ -112,7 +124,7 @@ class TiedLinear(nn.Module):
             ValueError: an unknown `init`.
         """
         if init == "isometric":
-            std = 1 / math.sqrt(max(self.in_features, self.out_features) * _mean_slope(self.activation))
+            std = 1 / math.sqrt(max(self.in_features, self.out_features) * mean_slope(self.activation))
         elif init == "small":
             std = 0.01
         else:
@@ -124,22 +136,25 @@ class TiedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = decode(encode(x)), fused. x ``[..., in_features]`` → ``[..., in_features]``."""
+        atoms = self.atoms()
         return tied_encode_decode(
             self._centred(x),
-            self.weight,
+            atoms,
             self.bias_enc,
-            self._decoder_bias(),
+            self._decoder_bias(atoms),
             activation=self.activation,
             output_activation=self.output_activation,
         )
 
     def forward_enc(self, x: Tensor) -> Tensor:
         """The pre-activation, x Wᵀ + b_enc. x ``[..., in_features]`` → ``[..., out_features]``."""
-        return F.linear(self._centred(x), self.weight, self.bias_enc)
+        return F.linear(self._centred(x), self.atoms(), self.bias_enc)
 
     def forward_dec(self, h: Tensor) -> Tensor:
         """The pre-output, h W + b_dec. h ``[..., out_features]`` → ``[..., in_features]``."""
-        return F.linear(h, self.weight.t(), self._decoder_bias())
+        check_features(self, "h", h, self.out_features)
+        atoms = self.atoms()
+        return F.linear(h, atoms.t(), self._decoder_bias(atoms))
 
     def encode(self, x: Tensor) -> Tensor:
         """The latent f(`forward_enc` (x)). x ``[..., in_features]`` → ``[..., out_features]``."""
@@ -149,18 +164,54 @@ class TiedLinear(nn.Module):
         """The reconstruction g(`forward_dec` (h)). h ``[..., out_features]`` → ``[..., in_features]``."""
         return get_activation(self.output_activation).forward(self.forward_dec(h))
 
+    def atoms(self) -> Tensor:
+        """The dictionary in use, ``[out_features, in_features]``: `weight`, or with `normalize_atoms` its unit rows."""
+        return self.weight / _row_norms(self.weight) if self.normalize_atoms else self.weight
+
+    @torch.no_grad()
+    def project_atoms_(self) -> None:
+        """Divide every row of `weight` by its norm, in place: after the optimiser's step.
+
+        Other libraries call it ``set_decoder_norm_to_unit_norm``. Here the encoder's rows are scaled with the
+        decoder's, because they are the same, so the function changes.
+
+        Example:
+            >>> import torch, tiedfused
+            >>> layer = tiedfused.TiedLinear(64, 256)
+            >>> layer.project_atoms_()
+            >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(256))
+            True
+        """
+        self.weight.div_(_row_norms(self.weight))
+
+    @torch.no_grad()
+    def project_gradient_(self) -> None:
+        """Remove from `weight`'s gradient what is parallel to each atom, in place: after backward.
+
+        With `project_atoms_` after the step, the optimiser then spends no step, and Adam no momentum, on a length that
+        is thrown away. Other libraries call it ``remove_gradient_parallel_to_decoder_directions``.
+
+        Raises:
+            RuntimeError: `weight` has no gradient.
+        """
+        if self.weight.grad is None:
+            raise RuntimeError(f"{describe(self)}: weight has no gradient; call project_gradient_ after backward")
+        atoms = self.weight / _row_norms(self.weight)
+        self.weight.grad.sub_((self.weight.grad * atoms).sum(1, keepdim=True) * atoms)
+
     def _centred(self, x: Tensor) -> Tensor:
+        check_features(self, "x", x, self.in_features)
         # folded into b_enc, as b_enc − W b_dec, the centre would cost bf16 its precision: 5% error of the latent
         # against 0.2% where b_dec is 30 times the spread of x around it
-        if self.bias_mode != "pre" or x.shape[-1:] != (self.in_features,):  # the op explains a wrong shape
+        if self.bias_mode != "pre":
             return x
         assert self.bias_dec is not None
         return x - self.bias_dec
 
-    def _decoder_bias(self) -> Tensor | None:
+    def _decoder_bias(self, atoms: Tensor) -> Tensor | None:
         if self.bias_mode == "latent":
             assert self.bias_enc is not None
-            return -F.linear(self.bias_enc, self.weight.t())
+            return -F.linear(self.bias_enc, atoms.t())
         return self.bias_dec
 
     @classmethod
@@ -175,8 +226,8 @@ class TiedLinear(nn.Module):
                 the function is the same.
 
         Raises:
-            ValueError: the decoder's weight is not the transpose of the encoder's, or `bias_mode` has no place for a
-                bias that there is.
+            ValueError: the decoder's weight is not the transpose of the encoder's, `bias_mode` has no place for a
+                bias that there is, or `normalize_atoms` would change the function.
         """
         weight = encoder.weight.detach()
         biases = {"bias_enc": encoder.bias, "bias_dec": None if decoder is None else decoder.bias}
@@ -197,6 +248,12 @@ class TiedLinear(nn.Module):
             **options,
         )
         with torch.no_grad():
+            norms = _row_norms(weight)
+            if layer.normalize_atoms and not torch.allclose(norms, torch.ones_like(norms)):
+                raise ValueError(
+                    f"normalize_atoms: expected rows of norm 1, got norms from {norms.min():.3g} to {norms.max():.3g}; "
+                    "in a tied layer no other weight can make up for theirs"
+                )
             layer.weight.copy_(weight)
             for name, value in biases.items():
                 target = getattr(layer, name)
@@ -216,11 +273,12 @@ class TiedLinear(nn.Module):
         ``decoder(f(encoder(x)))`` with g on top equals this layer's output.
         """
         bias_enc: Tensor | None = self.bias_enc
+        atoms = self.atoms()
         if self.bias_mode == "pre":
             assert bias_enc is not None and self.bias_dec is not None
-            bias_enc = bias_enc - F.linear(self.bias_dec, self.weight)
+            bias_enc = bias_enc - F.linear(self.bias_dec, atoms)
         layers = []
-        for weight, bias in ((self.weight, bias_enc), (self.weight.t(), self._decoder_bias())):
+        for weight, bias in ((atoms, bias_enc), (atoms.t(), self._decoder_bias(atoms))):
             layer = nn.Linear(
                 weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
             )
@@ -242,10 +300,16 @@ class TiedLinear(nn.Module):
             for name, value in (("activation", self.activation), ("output_activation", self.output_activation))
             if value != "identity"
         ]
+        parts += ["normalize_atoms=True"] * self.normalize_atoms
         return ", ".join(parts)
 
 
-def _mean_slope(activation: str) -> float:
+def _row_norms(weight: Tensor) -> Tensor:
+    """‖Wⱼ‖ as ``[H, 1]``, at least the dtype's epsilon: a row of zeros stays one, and its gradient stays finite."""
+    return torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).eps)
+
+
+def mean_slope(activation: str) -> float:
     """E[f′(z)] for z ~ N(0, 1), between 1/4 and 1 so that an unusual f does not blow up the weight."""
     f = get_activation(activation)
     with unset_fake_temporarily(), torch.device("cpu"):  # modules are also made under FakeTensorMode, or on "meta"

@@ -1,0 +1,41 @@
+"""The checks that modules share: one line that names the module, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def describe(module: nn.Module) -> str:
+    """The module in one line, without its children."""
+    return f"{module._get_name()}({module.extra_repr()})"
+
+
+def check_size(name: str, size: int, least: int = 1) -> None:
+    """A ValueError unless `size` is an integer of at least `least`."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {size!r}")
+
+
+def check_tensor(module: nn.Module, name: str, t: Tensor) -> None:
+    """A TypeError unless `t` is a tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{describe(module)}: {name}: expected a tensor, got {type(t).__name__}")
+
+
+def check_features(module: nn.Module, name: str, t: Tensor, size: int) -> None:
+    """A ValueError unless `t` is ``[..., size]``."""
+    check_tensor(module, name, t)
+    if t.shape[-1:] != (size,):
+        raise ValueError(f"{describe(module)}: {name}: expected shape [..., {size}], got {list(t.shape)}")
+
+
+def per_dimension(name: str, value: int | Sequence[int], dimensions: int, least: int) -> tuple[int, ...]:
+    """One integer of at least `least` for each spatial dimension, from one for all or a sequence of them."""
+    sizes = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if len(sizes) != dimensions:
+        raise ValueError(f"{name}: expected an integer or {dimensions} of them, got {value!r}")
+    for size in sizes:
+        check_size(name, size, least)
+    return sizes
