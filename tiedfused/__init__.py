@@ -1,6 +1,6 @@
 """tiedfused: the tied encode-decode layer, y = g(f(x Wᵀ + b_enc) W + b_dec), fused."""
 
-from tiedfused import functional, nn, reference, settings
+from tiedfused import analysis, corruption, functional, nn, reference, settings
 from tiedfused._backends import backends
 from tiedfused.activations import activation_names, register_activation
 from tiedfused.nn import TiedLinear
@@ -12,7 +12,9 @@ __all__ = [
     "Plan",
     "TiedLinear",
     "activation_names",
+    "analysis",
     "backends",
+    "corruption",
     "functional",
     "nn",
     "plan",
