@@ -23,11 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from tiedfused import LatentStats
 from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_latent import chunk_latent
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.forward import forward
 from tiedfused._backends.triton.input_grad import input_grad
+from tiedfused._backends.triton.stats import partial_stats
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import get_activation
 from tiedfused.tiles import GemmTile, Tile
@@ -115,6 +117,7 @@ def compile_kernel(
     rows: int = 4096,
     latents: int = 4096,
     bias: bool = True,
+    stats: bool = False,
 ) -> list[Compiled]:
     """Every kernel that the launcher named `kernel` (see `tiedfused.tiles.KERNELS`) launches, in launch order."""
 
@@ -123,6 +126,10 @@ def compile_kernel(
 
     x, weight = empty(rows, d), empty(latents, d)
     bias_enc, bias_dec = (empty(latents), empty(d)) if bias else (None, None)
+    fp32 = torch.float32
+    per_row = (empty(rows, dtype=fp32), empty(rows, dtype=torch.int64))
+    per_latent = (empty(latents, dtype=fp32), empty(latents, dtype=torch.int64))
+    penalties = (per_row[0], per_latent[0]) if stats else ()
     common: dict[str, Any] = {
         "activation": get_activation(activation),
         "tile": tile,
@@ -131,33 +138,51 @@ def compile_kernel(
     }
     launch: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(
-            x, weight, bias_enc, bias_dec, output_activation=get_activation(output_activation), **common
+            x,
+            weight,
+            bias_enc,
+            bias_dec,
+            output_activation=get_activation(output_activation),
+            stats=LatentStats(*per_row, *per_latent) if stats else None,
+            stats_tiles=rows // tile.block_n + 1,
+            **common,
         ),
-        "input_grad": lambda: input_grad(x, x, weight, bias_enc, **common),
-        "weight_grad": lambda: weight_grad(x, x, weight, bias_enc, **common),
+        "input_grad": lambda: input_grad(x, x, weight, bias_enc, *penalties, **common),
+        "weight_grad": lambda: weight_grad(x, x, weight, bias_enc, *penalties, **common),
         "weight_grad_atomic": lambda: weight_grad(
-            x, x, weight, bias_enc, grad_x=empty(rows, d, dtype=torch.float32), **common
+            x, x, weight, bias_enc, *penalties, grad_x=empty(rows, d, dtype=fp32), **common
         ),
     }
     if isinstance(tile, GemmTile):
         latent, gemm = empty(rows, latents), {"tile": tile, "precision": precision}
         partial = empty(split, rows, d, dtype=torch.float32) if split > 1 else empty(rows, d)
         partial_weight = empty(split, latents, d, dtype=torch.float32) if split > 1 else empty(latents, d)
-        launch = {
-            "chunk_encode": lambda: chunk_latent(
-                x, None, weight, bias_enc, h=latent, activation=get_activation(activation), **gemm
-            ),
-            "chunk_latent": lambda: chunk_latent(
+
+        def launch_chunk_latent() -> None:
+            f = get_activation(activation)
+            sums = empty(-(-rows // tile.block_m), latents, dtype=fp32)
+            chunk_latent(
                 x,
                 x,
                 weight,
                 bias_enc,
+                *penalties,
                 h=latent,
                 grad_a=latent,
-                grad_bias_enc=empty(-(-rows // tile.block_m), latents, dtype=torch.float32),
-                activation=get_activation(activation),
+                grad_bias_enc=sums,
+                activation=f,
                 **gemm,
-            ),
+            )
+
+        def launch_chunk_encode() -> None:
+            parts = partial_stats(rows, latents, 8, 8, x.device) if stats else None
+            chunk_latent(
+                x, None, weight, bias_enc, h=latent, stats=parts, activation=get_activation(activation), **gemm
+            )
+
+        launch = {
+            "chunk_encode": launch_chunk_encode,
+            "chunk_latent": launch_chunk_latent,
             "chunk_decode": lambda: chunk_decode(
                 latent,
                 weight,

@@ -163,6 +163,25 @@ def test_split(kernel: str) -> None:
     assert all(launch.stack_bytes == 0 for launch in compiled)
 
 
+@pytest.mark.parametrize("kernel", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize(("capability", "width"), [(90, 128), (90, 256), (80, 128), (100, 128), (100, 512)])
+def test_statistics_and_penalties(kernel: str, width: int, capability: int) -> None:
+    tile, _ = lookup(kernel, width, "bfloat16", capability)
+    (compiled,) = compile_kernel(kernel, tile, width, torch.bfloat16, capability, stats=True)
+    assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
+    assert compiled.stack_bytes <= 16
+    assert compiled.wgmma > 0 or capability != 90
+
+
+@pytest.mark.parametrize("capability", PACKAGED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_statistics_and_penalties_in_chunks(capability: int, dtype: torch.dtype) -> None:
+    tile, _ = lookup("chunk_latent", 768, str(dtype).removeprefix("torch."), capability)
+    for compiled in compile_kernel("chunk_latent", tile, 768, dtype, capability, stats=True):
+        assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
+        assert compiled.stack_bytes <= 16
+
+
 @pytest.mark.parametrize("activation", activation_names())
 @pytest.mark.parametrize("kernel", ["forward", "weight_grad"])
 def test_activation(kernel: str, activation: str) -> None:

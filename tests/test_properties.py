@@ -22,7 +22,7 @@ KINKED = ("relu", "leaky_relu", "selu")
 
 
 def layer(**options):
-    return lambda *operands: tied_encode_decode(*operands, **options)
+    return lambda *operands, **more: tied_encode_decode(*operands, **options, **more)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,6 +55,41 @@ def test_any_problem(
     if output_activation in KINKED and n:
         hypothesis.assume(reference.tied_encode_decode(*p.operands, activation=activation).abs().min() > 1e-4)
     assert_layer_matches(layer(recompute=recompute, **options), p, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 40),
+    d=st.integers(1, 40),
+    h=st.integers(1, 60),
+    activation=st.sampled_from(BUILT_IN),
+    output_activation=st.sampled_from(BUILT_IN),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    recompute=st.sampled_from([None, True, False]),
+    grad=st.booleans(),
+)
+def test_statistics_do_not_change_y(
+    small_tiles: str,
+    device: str,
+    n: int,
+    d: int,
+    h: int,
+    activation: str,
+    output_activation: str,
+    dtype: torch.dtype,
+    recompute: bool | None,
+    grad: bool,
+) -> None:
+    p = problem(n, d, h, dtype, device, activation="none")
+    call = layer(activation=activation, output_activation=output_activation, recompute=recompute)
+    with torch.set_grad_enabled(grad):
+        y, stats = call(*p.operands, return_stats=True)
+        assert torch.equal(y, call(*p.operands))
+    assert stats.l0.sum() == stats.fired.sum()
+    # of the same sums, once by rows and once by latents
+    by_rows, by_latents = stats.l1.double().sum(), stats.mean.double().abs().sum() * n
+    assert n == 0 or by_rows >= by_latents * (1 - 1e-5)
 
 
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

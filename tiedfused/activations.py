@@ -55,6 +55,7 @@ class Activation:
             `from_output`, f′ may be given h in the place of a, where only h was kept.
         onednn: the name and scalars of the same function as a oneDNN epilogue, or None.
         in_place: the same function, overwriting its argument, or None.
+        non_negative: whether f(a) ≥ 0 for every a.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Activation:
     triton: tuple[Any, Any] | None = None
     onednn: tuple[str, tuple[float, ...], str] | None = None
     in_place: Callable[[Tensor], Tensor] | None = None
+    non_negative: bool = False
 
 
 # ---- the Triton pairs: f(a) and f′(a, h), fp32 in and out --------------------------------------------------------
@@ -238,6 +240,7 @@ _TABLE: dict[str, Activation] = {
             from_output=True,
             triton=(_relu, _relu_d),
             in_place=torch.relu_,  # and no oneDNN epilogue: its relu turns a NaN into 0
+            non_negative=True,
         ),
         Activation(
             "leaky_relu",
@@ -288,6 +291,7 @@ _TABLE: dict[str, Activation] = {
             backward=lambda grad, a: aten.softplus_backward(grad, a, 1, 20),
             from_output=False,
             triton=(_softplus, _softplus_d),
+            non_negative=True,
         ),
         Activation(
             "sigmoid",
@@ -296,6 +300,7 @@ _TABLE: dict[str, Activation] = {
             from_output=True,
             triton=(_sigmoid, _sigmoid_d),
             onednn=("sigmoid", (), ""),
+            non_negative=True,
         ),
         Activation(
             "tanh",
@@ -339,6 +344,7 @@ def register_activation(
     *,
     from_output: bool = False,
     triton: tuple[Any, Any] | None = None,
+    non_negative: bool = False,
 ) -> Activation:
     """Add an activation of your own to the table.
 
@@ -353,6 +359,7 @@ def register_activation(
         triton: optionally ``(f, f′)`` as ``@triton.jit`` functions ``f(a) -> h`` and ``f′(a, h) -> derivative`` over
             fp32 tiles; with `from_output`, f′ may be given h in the place of a. Without the pair the Triton kernels do
             not serve the activation and the tiled PyTorch backend does.
+        non_negative: whether f(a) ≥ 0 for every a; `tiedfused.losses.weighted_l1` asks for that.
 
     Returns:
         The new entry.
@@ -374,6 +381,7 @@ def register_activation(
     for argument, value in (("forward", forward), ("derivative", derivative)):
         if not callable(value):
             raise TypeError(f"{argument}: expected a function of a tensor, got {type(value).__name__}")
-    entry = Activation(name, forward, lambda grad, saved: grad * derivative(saved), from_output, triton)
+    entry = Activation(name, forward, lambda grad, saved: grad * derivative(saved), from_output, triton,
+                       non_negative=non_negative)  # fmt: skip
     _TABLE[name] = entry
     return entry

@@ -86,6 +86,7 @@ def explain(
     inference: Annotated[bool, typer.Option("--inference", help="forward only")] = False,
     grad_x: Annotated[bool, typer.Option(help="whether x needs a gradient too")] = True,
     recompute: Annotated[bool | None, typer.Option(help="force or forbid recomputing the latent")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="with the latent's statistics (return_stats=True)")] = False,
     capability: Annotated[int | None, typer.Option(help="plan for this compute capability: 80, 90, 100, …")] = None,
 ) -> None:
     """Show the plan of one problem: backend, tiles, memory, FLOPs, the roofline, the reason, and what was not taken."""
@@ -103,6 +104,7 @@ def explain(
             grad=not inference,
             grad_x=grad_x,
             recompute=recompute,
+            stats=stats,
             capability=capability,
         )
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch.device of an unknown name

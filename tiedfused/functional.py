@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,8 +20,16 @@ from tiedfused import reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import Activation, get_activation
 from tiedfused.devices import fp32_precision
-from tiedfused.op import apply_encode_decode, keeps_latent_for, kernel_layout, plan_for
+from tiedfused.op import (
+    apply_encode_decode,
+    apply_encode_decode_stats,
+    forward_with_stats,
+    keeps_latent_for,
+    kernel_layout,
+    plan_for,
+)
 from tiedfused.planning import DTYPES, Plan, fused_output
+from tiedfused.reference import LatentStats
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -33,6 +41,34 @@ _PLANS_KEPT = 4096
 _plans: dict[Any, Plan] = {}
 
 
+@overload
+def tied_encode_decode(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None = ...,
+    bias_dec: Tensor | None = ...,
+    *,
+    activation: str = ...,
+    output_activation: str = ...,
+    recompute: bool | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def tied_encode_decode(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None = ...,
+    bias_dec: Tensor | None = ...,
+    *,
+    activation: str = ...,
+    output_activation: str = ...,
+    recompute: bool | None = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, LatentStats]: ...
+
+
 def tied_encode_decode(
     x: Tensor,
     weight: Tensor,
@@ -42,7 +78,8 @@ def tied_encode_decode(
     activation: str = "relu",
     output_activation: str = "identity",
     recompute: bool | None = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LatentStats]:
     """y = g(f(x Wᵀ + b_enc) W + b_dec), without storing the latent.
 
     Args:
@@ -54,9 +91,12 @@ def tied_encode_decode(
         output_activation: g, likewise.
         recompute: True never stores anything of size N·H (low-memory mode: backward recomputes the latent), False keeps
             the latent for backward, None lets the plan choose the faster within ``TIEDFUSED_WORKSPACE_MIB``.
+        return_stats: True also returns the latent's statistics, for a sparsity penalty (`tiedfused.losses`) and its
+            metrics (`tiedfused.metrics`), computed tile by tile while h is at hand. y is the same to the last bit.
 
     Returns:
-        y ``[..., d]``, in x's dtype (under autocast, autocast's).
+        y ``[..., d]``, in x's dtype (under autocast, autocast's); with `return_stats`, y and a `LatentStats` of
+        l1 ``[...]``, l0 ``[...]``, mean ``[H]`` and fired ``[H]``, of which l1 and mean are differentiable.
 
     Saved for backward are x, weight, bias_enc, what g's own gradient reads, and the latent if it is kept. Gradients are
     computed for those inputs that need one. The Triton kernels add both terms of W̄ in one fp32 accumulator; tiles of
@@ -73,6 +113,14 @@ def tied_encode_decode(
         >>> x, weight = torch.randn(32, 64), torch.randn(256, 64) / 8
         >>> tied_encode_decode(x, weight, activation="relu").shape
         torch.Size([32, 64])
+
+        With a penalty on the latent's L1 norm, which is not stored for it:
+
+        >>> y, stats = tied_encode_decode(x, weight.requires_grad_(), return_stats=True)
+        >>> loss = (y - x).square().mean() + 1e-3 * stats.l1.mean()
+        >>> loss.backward()
+        >>> stats.l1.shape, stats.fired.shape
+        (torch.Size([32]), torch.Size([256]))
     """
     if (
         type(x) not in _PLAIN
@@ -87,7 +135,7 @@ def tied_encode_decode(
         or x.is_neg()
         or _any_autocast()
     ):
-        return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+        return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
 
     grad_x = x.requires_grad
     grad = is_grad_enabled() and (
@@ -110,6 +158,7 @@ def tied_encode_decode(
         activation,
         output_activation,
         recompute,
+        return_stats,
         grad,
         grad_x,
         fp32_precision("cuda") if x.is_cuda else None,
@@ -122,10 +171,10 @@ def tied_encode_decode(
     except TypeError:  # an unhashable activation: the checks say so
         plan = None
     if plan is None:
-        f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+        f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
-        plan = _plans[key] = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute)
+        plan = _plans[key] = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute, return_stats)
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not (
@@ -135,13 +184,27 @@ def tied_encode_decode(
         and (bias_dec is None or bias_dec.is_contiguous())
     ):
         rows, weight, bias_enc, bias_dec = kernel_layout(rows, weight, bias_enc, bias_dec)
-    if grad:
+    stats = None
+    if return_stats:
+        if grad:
+            y, *latent_stats = apply_encode_decode_stats(rows, weight, bias_enc, bias_dec, plan)
+            stats = LatentStats(*latent_stats)
+        else:
+            y, _, stats = forward_with_stats(rows, weight, bias_enc, bias_dec, plan)
+    elif grad:
         y = apply_encode_decode(rows, weight, bias_enc, bias_dec, plan)
     else:
         y = BACKENDS[plan.forward.backend].forward(rows, weight, bias_enc, bias_dec, plan)[0]
     if plan.output_activation.name != output_activation:
         y = get_activation(output_activation).forward(y)
-    return y if rows is x or x.dim() == 2 else y.view(x.shape)
+    if x.dim() != 2:
+        y = y.view(x.shape)
+    return y if stats is None else (y, _shaped(stats, x))
+
+
+def _shaped(stats: LatentStats, x: Tensor) -> LatentStats:
+    """The statistics of x's rows, in the leading shape of x."""
+    return stats._replace(l1=stats.l1.view(x.shape[:-1]), l0=stats.l0.view(x.shape[:-1]))
 
 
 def _dispatched(
@@ -152,26 +215,31 @@ def _dispatched(
     activation: str,
     output_activation: str,
     recompute: bool | None,
-) -> Tensor:
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LatentStats]:
     """The same where something else has a hand in it: autocast, torch.func, torch.compile, modes, subclasses."""
     if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
         cast: list[Any] = [_autocast(t) for t in (x, weight, bias_enc, bias_dec)]
         with torch.autocast(x.device.type, enabled=False):
-            return tied_encode_decode(
-                *cast, activation=activation, output_activation=output_activation, recompute=recompute
+            return tied_encode_decode(  # type: ignore[call-overload]
+                *cast,
+                activation=activation,
+                output_activation=output_activation,
+                recompute=recompute,
+                return_stats=return_stats,
             )
-    f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute)
+    f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
     if _functorch_active() or forward_ad._current_level >= 0:
-        return reference.tied_encode_decode(
-            x, weight, bias_enc, bias_dec, activation=activation, output_activation=output_activation
-        )
+        options: dict[str, Any] = {"activation": activation, "output_activation": output_activation}
+        return reference.tied_encode_decode(x, weight, bias_enc, bias_dec, **options, return_stats=return_stats)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     operands = (x, weight, bias_enc, bias_dec)
     grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    save_latent = grad and keeps_latent_for(rows, weight, f, recompute)
-    z, _ = torch.ops.tiedfused.forward.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
-    y = g.forward(z)
-    return y if rows is x else y.view(x.shape)
+    save_latent = grad and keeps_latent_for(rows, weight, f, recompute, return_stats)
+    op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
+    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
+    y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
+    return (y, _shaped(LatentStats(*latent_stats), x)) if return_stats else y
 
 
 def _autocast(t: Tensor | None) -> Tensor | None:
@@ -189,6 +257,7 @@ def check_arguments(
     activation: str,
     output_activation: str,
     recompute: bool | None,
+    return_stats: bool,
 ) -> tuple[Activation, Activation]:
     """f and g, or one clear error for arguments that do not make sense together."""
     for name, t in (("x", x), ("weight", weight), ("bias_enc", bias_enc), ("bias_dec", bias_dec)):
@@ -214,6 +283,8 @@ def check_arguments(
             raise ValueError(f"{name}: expected on {x.device}, as x, got {t.device}")
     if recompute is not None and not isinstance(recompute, bool):
         raise TypeError(f"recompute: expected None, True or False, got {recompute!r}")
+    if not isinstance(return_stats, bool):
+        raise TypeError(f"return_stats: expected True or False, got {return_stats!r}")
     return get_activation(activation), get_activation(output_activation, "output_activation")
 
 

@@ -8,6 +8,9 @@ g is part of the op in inference only. In training it follows as an operation of
 pre-output, whichever g's gradient reads, and frees it, and ȳ, before this op's backward starts; inside the op both
 would stay alive through it.
 
+A call that asks for the latent's statistics has doors of its own, `EncodeDecodeStats` and
+`torch.ops.tiedfused.forward_stats`, so that the others do not pay for outputs they do not have; the backward is shared.
+
 Saved for backward: x, weight, bias_enc, and the latent only if the plan keeps it. Backward recomputes the latent tile
 by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch instead, so that second
 derivatives are right; that form stores the latent.
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
@@ -26,10 +30,11 @@ from tiedfused import planning, reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.planning import Plan
+from tiedfused.reference import LatentStats
 from tiedfused.regimes import tiled
 
 
-def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None) -> bool:
+def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None, stats: bool) -> bool:
     """Whether a training step on x ``[N, d]`` keeps the latent.
 
     While a graph is traced, sizes may be symbolic, and a rule of thumb that holds for all devices stands for the plan:
@@ -37,7 +42,7 @@ def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool |
     """
     (n, d), h = x.shape, weight.shape[0]
     if not is_compiling() and all(isinstance(size, int) for size in (n, d, h)):
-        return plan_for(x, weight, f, IDENTITY, True, True, recompute).save_latent
+        return plan_for(x, weight, f, IDENTITY, True, True, recompute, stats).save_latent
     asked = settings.current().recompute if recompute is None else recompute
     if asked is not None:
         return not asked
@@ -54,10 +59,13 @@ def plan_for(
     grad: bool,
     grad_x: bool,
     recompute: bool | None,
+    stats: bool = False,
 ) -> Plan:
     """The plan of x ``[..., d]`` with weight ``[H, d]``."""
     h, d = weight.shape
-    return planning.make_plan(planning.request(x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute))
+    return planning.make_plan(
+        planning.request(x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute, stats)
+    )
 
 
 def last_stride_one(t: Tensor) -> Tensor:
@@ -77,10 +85,46 @@ def kernel_layout(
     )
 
 
+def zero_stats(x: Tensor, weight: Tensor) -> LatentStats:
+    """The statistics of x ``[N, d]`` with weight ``[H, d]``, before anything is added to them."""
+    n, h, wide = x.shape[0], weight.shape[0], reference.stats_dtype(x.dtype)
+    return LatentStats(
+        l1=x.new_zeros(n, dtype=wide),
+        l0=x.new_zeros(n, dtype=torch.int64),
+        mean=x.new_zeros(h, dtype=wide),
+        fired=x.new_zeros(h, dtype=torch.int64),
+    )
+
+
+def forward_with_stats(
+    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None, LatentStats]:
+    """The pre-output (in inference y), the latent if the plan keeps it, and its statistics."""
+    stats = zero_stats(x, weight)
+    z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan, stats)
+    stats.mean.div_(x.shape[0])
+    return z, latent, stats
+
+
+def _penalties(grad_l1: Tensor | None, grad_mean: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """What the backends add to h̄: a term of each row, times the latent's sign, and one of each latent."""
+    return (
+        None if grad_l1 is None else grad_l1.contiguous(),
+        None if grad_mean is None else grad_mean / n if n else torch.zeros_like(grad_mean),
+    )
+
+
 def _differentiable_backward(
-    grad_z: Tensor, x: Tensor, weight: Tensor, bias_enc: Tensor | None, f: Activation
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    f: Activation,
+    grad_l1: Tensor | None,
+    grad_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.latent_gradients(grad_z, x, weight, reference.pre_activation(x, weight, bias_enc), f)
+    a = reference.pre_activation(x, weight, bias_enc)
+    return reference.latent_gradients(grad_z, x, weight, a, f, grad_l1, grad_mean)
 
 
 class EncodeDecode(torch.autograd.Function):
@@ -97,25 +141,59 @@ class EncodeDecode(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_z: Tensor | None, grad_l1: Tensor | None = None, grad_mean: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias_enc and bias_dec."""
         plan, needs = ctx.plan, ctx.needs_input_grad
         if torch.is_autocast_enabled(plan.device):  # the backward runs in the precision of the forward
             with torch.autocast(plan.device, enabled=False):
-                return EncodeDecode.backward(ctx, grad_z)
+                return EncodeDecode.backward(ctx, grad_z, grad_l1, grad_mean)
         x, weight, bias_enc, latent = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_z):  # is_grads_batched=True
-            grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation)
+        if grad_z is None:
+            grad_z = torch.zeros_like(x)
+        if torch.is_grad_enabled() or _batched(grad_z) or _batched(grad_l1) or _batched(grad_mean):
+            grads = _differentiable_backward(grad_z, x, weight, bias_enc, plan.activation, grad_l1, grad_mean)
         else:
             grad_z = last_stride_one(grad_z)
-            grads = BACKENDS[plan.backward.backend].backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3])
+            penalties = _penalties(grad_l1, grad_mean, plan.n) if plan.stats else ()
+            backend = BACKENDS[plan.backward.backend]
+            grads = backend.backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3], *penalties)
         grad_bias_dec = grad_z.sum(0) if needs[3] else None
         return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None
+
+
+def _batched(grad: Tensor | None) -> bool:
+    """Whether a gradient comes from ``is_grads_batched=True``."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+class EncodeDecodeStats(torch.autograd.Function):
+    """`EncodeDecode` with the latent's statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        """The pre-output z ``[N, d]``, l1 ``[N]``, l0 ``[N]``, mean ``[H]`` and fired ``[H]``."""
+        z, latent, stats = forward_with_stats(x, weight, bias_enc, bias_dec, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(x, weight, bias_enc, latent)
+        ctx.mark_non_differentiable(stats.l0, stats.fired)
+        ctx.set_materialize_grads(False)
+        return z, *stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """As of `EncodeDecode`; the gradient of each differentiable output may be missing."""
+        grad_z, grad_l1, _, grad_mean, _ = grads
+        return EncodeDecode.backward(ctx, grad_z, grad_l1, grad_mean)
 
 
 # `Function.apply` without its Python wrapper, whose work (functorch, default arguments) is done before we get here:
 # 1.6 of 8 µs on a tiny problem
 apply_encode_decode = super(torch.autograd.Function, EncodeDecode).apply
+apply_encode_decode_stats = super(torch.autograd.Function, EncodeDecodeStats).apply
 
 
 # ---- the registered operator -------------------------------------------------------------------------------------
@@ -126,8 +204,13 @@ _library.define(
     "-> (Tensor z, Tensor latent)"
 )
 _library.define(
+    "forward_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent) "
+    "-> (Tensor z, Tensor latent, Tensor l1, Tensor l0, Tensor mean, Tensor fired)"
+)
+_library.define(
     "backward(Tensor grad_z, Tensor x, Tensor weight, Tensor? bias_enc, Tensor latent, str activation, "
-    "bool save_latent, bool[] needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
+    "bool save_latent, bool[] needs, bool stats=False, Tensor? grad_l1=None, Tensor? grad_mean=None) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
 )
 
 
@@ -142,7 +225,25 @@ def _op_forward(
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
     z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
-    return z, x.new_empty(0) if latent is None else latent.view(-1)
+    return z, _flat(latent, x)
+
+
+def _op_forward_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    activation: str,
+    save_latent: bool,
+) -> tuple[Tensor, ...]:
+    x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent, True)
+    z, latent, stats = forward_with_stats(x, weight, bias_enc, bias_dec, plan)
+    return z, _flat(latent, x), *stats
+
+
+def _flat(latent: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if latent is None else latent.view(-1)
 
 
 def _op_backward(
@@ -154,20 +255,34 @@ def _op_backward(
     activation: str,
     save_latent: bool,
     needs: list[bool],
+    stats: bool = False,
+    grad_l1: Tensor | None = None,
+    grad_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_z = last_stride_one(grad_z)
     x, weight, bias_enc, _ = kernel_layout(x, weight, bias_enc, None)
-    plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent, stats)
     assert plan.backward is not None
     grads = BACKENDS[plan.backward.backend].backward(
-        grad_z, x, weight, bias_enc, latent if save_latent else None, plan, (needs[0], needs[1], needs[2])
+        grad_z,
+        x,
+        weight,
+        bias_enc,
+        latent if save_latent else None,
+        plan,
+        (needs[0], needs[1], needs[2]),
+        *_penalties(grad_l1, grad_mean, plan.n),
     )
     grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return grad_x, grad_weight, grad_bias
 
 
-_library.impl("forward", _op_forward, "CompositeExplicitAutograd")
-_library.impl("backward", _op_backward, "CompositeExplicitAutograd")
+for _name, _implementation in (
+    ("forward", _op_forward),
+    ("forward_stats", _op_forward_stats),
+    ("backward", _op_backward),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tiedfused::forward", lib=_library)
@@ -175,37 +290,52 @@ def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent):  # ty
     return x.new_empty(x.shape), x.new_empty(x.shape[0] * weight.shape[0] if save_latent else 0)
 
 
+@torch.library.register_fake("tiedfused::forward_stats", lib=_library)
+def _fake_forward_stats(x, weight, *arguments):  # type: ignore[no-untyped-def]
+    return *_fake_forward(x, weight, *arguments), *zero_stats(x, weight)
+
+
 @torch.library.register_fake("tiedfused::backward", lib=_library)
-def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *penalties):  # type: ignore[no-untyped-def]
     shapes = (x.shape, weight.shape, (weight.shape[0],))
     return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
-    latent = output[1]
-    ctx.mark_non_differentiable(latent)
+    ctx.device = x.device.type
+    latent, *stats = output[1:]
+    ctx.mark_non_differentiable(latent, *stats[1::2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias_enc, latent)
 
 
-def _op_autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_z is None:
+def _op_autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None, *grad_stats: Tensor | None) -> tuple[Any, ...]:
+    grad_l1, grad_mean = grad_stats[::2] if grad_stats else (None, None)
+    if grad_z is None and grad_l1 is None and grad_mean is None:
         return (None,) * 6
+    if is_autocast_available(ctx.device) and torch.is_autocast_enabled(
+        ctx.device
+    ):  # the backward runs in the forward's precision
+        with torch.autocast(ctx.device, enabled=False):
+            return _op_autograd(ctx, grad_z, None, *grad_stats)
     x, weight, bias_enc, latent = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    grad_z = torch.zeros_like(x) if grad_z is None else grad_z
     grads: tuple[Tensor, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _differentiable_backward(grad_z, x, weight, bias_enc, get_activation(ctx.activation))
+        f = get_activation(ctx.activation)
+        grads = _differentiable_backward(grad_z, x, weight, bias_enc, f, grad_l1, grad_mean)
     else:
-        grads = torch.ops.tiedfused.backward.default(
-            grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3])
-        )
+        operands = (grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3]))
+        penalties = (True, grad_l1, grad_mean) if grad_stats else ()
+        grads = torch.ops.tiedfused.backward.default(*operands, *penalties)
     grad_bias_dec = grad_z.sum(0) if needs[3] else None
     return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None, None
 
 
-torch.library.register_autograd("tiedfused::forward", _op_autograd, setup_context=_op_setup_context, lib=_library)
+for _name in ("forward", "forward_stats"):
+    torch.library.register_autograd(f"tiedfused::{_name}", _op_autograd, setup_context=_op_setup_context, lib=_library)
 
 
 def _op_no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -219,7 +349,7 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.tiedfused.forward)
+@register_flop_formula([torch.ops.tiedfused.forward, torch.ops.tiedfused.forward_stats])
 def _forward_flops(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     """4NdH: two products."""
     return 4 * x[0] * x[1] * weight[0]

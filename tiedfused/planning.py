@@ -41,10 +41,12 @@ class Plan:
     device: str = dataclasses.field(init=False)
     activation: Activation = dataclasses.field(init=False)
     output_activation: Activation = dataclasses.field(init=False)
+    stats: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         r = self.request
-        for name, value in (("device", r.device_type), ("activation", r.f), ("output_activation", r.g)):
+        fields = {"device": r.device_type, "activation": r.f, "output_activation": r.g, "stats": r.stats}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -139,7 +141,8 @@ class Plan:
         """The plan as (label, value) pairs, for tables and text."""
         r = self.request
         shape = f"N {r.n}, d {r.d}, H {r.h}, {r.dtype_name} on {r.device_type}"
-        rows = [("problem", f"{shape}; f {r.f.name}, g inside {r.g.name}")]
+        stats = "; with the latent's statistics" if r.stats else ""
+        rows = [("problem", f"{shape}; f {r.f.name}, g inside {r.g.name}{stats}")]
         for direction, part in zip(("forward", "backward"), self.parts, strict=False):
             chunk = f", {part.chunk[0]} × {part.chunk[1]} of the latent at a time" if part.chunk else ""
             rows.append((direction, f"{part.regime} ({part.backend}){chunk}; {part.predicted_ms:.3g} ms predicted"))
@@ -181,6 +184,7 @@ def plan(
     grad: bool = True,
     grad_x: bool = True,
     recompute: bool | None = None,
+    stats: bool = False,
     capability: int | None = None,
 ) -> Plan:
     """Which kernels, tiles and workspace a problem gets, its cost, and why.
@@ -197,6 +201,7 @@ def plan(
         grad_x: whether x needs a gradient too.
         recompute: True never keeps the latent, False always does, None lets the plan choose within
             ``TIEDFUSED_WORKSPACE_MIB``.
+        stats: plan a call with ``return_stats=True``.
         capability: plan for this compute capability (80, 90, 100, …) instead of the device's own.
 
     Raises:
@@ -219,7 +224,7 @@ def plan(
     device = torch.device(device)
     f = get_activation(activation)
     g = fused_output(get_activation(output_activation, "output_activation"), grad)
-    return make_plan(request(n, d, h, dtype, device, f, g, grad, grad_x, recompute, capability))
+    return make_plan(request(n, d, h, dtype, device, f, g, grad, grad_x, recompute, stats, capability))
 
 
 def fused_output(g: Activation, grad: bool) -> Activation:
@@ -238,6 +243,7 @@ def request(
     grad: bool,
     grad_x: bool,
     recompute: bool | None,
+    stats: bool = False,
     capability: int | None = None,
 ) -> Request:
     """The problem, and what of the present settings its plan depends on."""
@@ -257,6 +263,7 @@ def request(
         grad=grad,
         grad_x=grad_x,
         recompute=recompute,
+        stats=stats,
         precision=devices.fp32_precision(device.type),
         threads=torch.get_num_threads(),
         atomics=in_force.atomics and not torch.are_deterministic_algorithms_enabled(),

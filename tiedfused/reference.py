@@ -9,16 +9,56 @@
     x̄ = ā W               W̄ = āᵀ x + hᵀ ō
     b̄_enc = Σₙ ā          b̄_dec = Σₙ ō
 
-W is used twice, so its gradient has two terms: āᵀx from the encoder, hᵀō from the decoder. Everything here is
-differentiable, any number of times, and works under torch.func; it stores the latent like any PyTorch expression.
+W is used twice, so its gradient has two terms: āᵀx from the encoder, hᵀō from the decoder. A loss may also read the
+latent's statistics, L1ₙ = Σⱼ |hₙⱼ| and mⱼ = Σₙ hₙⱼ / N; their gradients enter as a per-row and a per-latent term:
+
+    h̄ₙⱼ = (ō Wᵀ)ₙⱼ + L̄1ₙ · sign(hₙⱼ) + m̄ⱼ / N
+
+Everything here is differentiable, any number of times, and works under torch.func; it stores the latent like any
+PyTorch expression.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tiedfused.activations import Activation, get_activation
+
+
+class LatentStats(NamedTuple):
+    """What a sparsity penalty and its metrics read of the latent h, without h. N is all rows of x, ``[..., d]``.
+
+    Args:
+        l1: Σⱼ |hₙⱼ|, ``[...]``, float32 (float64 for a float64 x), differentiable.
+        l0: how many latents of a row are active, hₙⱼ ≠ 0 in x's dtype, ``[...]``, int64. A NaN counts as active.
+        mean: Σₙ hₙⱼ / N, ``[H]``, dtype as l1, differentiable; NaN where there are no rows, as of `torch.mean`.
+        fired: on how many rows a latent is active, ``[H]``, int64.
+    """
+
+    l1: Tensor
+    l0: Tensor
+    mean: Tensor
+    fired: Tensor
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over the latent are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def latent_stats(h: Tensor) -> LatentStats:
+    """The statistics of a latent ``[..., H]``."""
+    rows, active, wide = h.reshape(-1, h.shape[-1]), h != 0, stats_dtype(h.dtype)
+    return LatentStats(
+        l1=h.abs().sum(-1, dtype=wide),
+        l0=active.sum(-1),
+        mean=rows.mean(0, dtype=wide),
+        fired=active.reshape(rows.shape).sum(0),
+    )
 
 
 def pre_activation(x: Tensor, weight: Tensor, bias_enc: Tensor | None = None) -> Tensor:
@@ -49,7 +89,8 @@ def tied_encode_decode(
     *,
     activation: str = "relu",
     output_activation: str = "identity",
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LatentStats]:
     """y = g(f(x Wᵀ + b_enc) W + b_dec), unfused.
 
     Args:
@@ -59,12 +100,14 @@ def tied_encode_decode(
         bias_dec: ``[d]`` or None.
         activation: f, a name of `tiedfused.activation_names`.
         output_activation: g, likewise.
+        return_stats: whether to return the latent's statistics too.
 
     Returns:
-        ``[..., d]``.
+        y ``[..., d]``; with `return_stats`, y and its `LatentStats`.
     """
     h = encode(x, weight, bias_enc, activation=activation)
-    return decode(h, weight, bias_dec, output_activation=output_activation)
+    y = decode(h, weight, bias_dec, output_activation=output_activation)
+    return (y, latent_stats(h)) if return_stats else y
 
 
 def gradients(
@@ -76,8 +119,10 @@ def gradients(
     *,
     activation: str = "relu",
     output_activation: str = "identity",
+    grad_l1: Tensor | None = None,
+    grad_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The closed-form gradients of Σ grad_y ⊙ y.
+    """The closed-form gradients of Σ grad_y ⊙ y + Σ grad_l1 ⊙ l1 + Σ grad_mean ⊙ mean.
 
     Args:
         grad_y: ȳ, ``[N, d]``.
@@ -87,6 +132,8 @@ def gradients(
         bias_dec: ``[d]`` or None.
         activation: f, a name of `tiedfused.activation_names`.
         output_activation: g, likewise.
+        grad_l1: L̄1, ``[N]``, or None.
+        grad_mean: m̄, ``[H]``, or None.
 
     Returns:
         x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]``, b̄_dec ``[d]``; of a bias that is None, what it would be.
@@ -95,14 +142,25 @@ def gradients(
     a = pre_activation(x, weight, bias_enc)
     z = pre_output(f.forward(a), weight, bias_dec)
     grad_z = g.backward(grad_y, g.forward(z) if g.from_output else z)
-    grad_x, grad_weight, grad_bias_enc = latent_gradients(grad_z, x, weight, a, f)
+    grad_x, grad_weight, grad_bias_enc = latent_gradients(grad_z, x, weight, a, f, grad_l1, grad_mean)
     return grad_x, grad_weight, grad_bias_enc, grad_z.sum(0)
 
 
 def latent_gradients(
-    grad_z: Tensor, x: Tensor, weight: Tensor, a: Tensor, f: Activation
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    f: Activation,
+    grad_l1: Tensor | None = None,
+    grad_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x̄, W̄ and b̄_enc from ō = ``grad_z`` ``[N, d]`` and the pre-activation ``a`` ``[N, H]``."""
+    """x̄, W̄ and b̄_enc from ō = ``grad_z`` ``[N, d]``, the pre-activation ``a`` ``[N, H]``, L̄1 ``[N]`` and m̄ ``[H]``."""
     h = f.forward(a)
-    grad_a = f.backward(pre_activation(grad_z, weight), h if f.from_output else a)
+    grad_h = pre_activation(grad_z, weight)
+    if grad_l1 is not None:
+        grad_h = grad_h + (h.sgn() * grad_l1[:, None]).to(h.dtype)
+    if grad_mean is not None:
+        grad_h = grad_h + (grad_mean / a.shape[0]).to(h.dtype)
+    grad_a = f.backward(grad_h, h if f.from_output else a)
     return grad_a @ weight, grad_a.mT @ x + h.mT @ grad_z, grad_a.sum(0)

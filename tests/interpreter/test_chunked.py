@@ -14,6 +14,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from numerics import assert_layer_matches, outputs, problem
+from test_stats import assert_matches
+from test_stats import layer as with_stats
 
 import tiedfused
 from tiedfused import functional, planning, settings, tiles
@@ -89,6 +91,18 @@ def test_some_gradients_only(way: str) -> None:
         tied_encode_decode(*operands, recompute=True).backward(p.grad_y)  # type: ignore[arg-type]
         for i in wanted:
             torch.testing.assert_close(operands[i].grad, whole[names[i]], rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("activation", "recompute"), [("relu", True), ("relu", False), ("tanh", False), ("gelu", True)]
+)
+def test_statistics_and_penalties(way: str, activation: str, recompute: bool, dtype: torch.dtype) -> None:
+    options = {"activation": activation, "recompute": recompute}
+    assert tiedfused.plan(70, 24, 70, dtype=dtype, stats=True, **options).regime == "chunked"
+    p = problem(70, 24, 70, dtype, activation=activation)
+    assert_matches(with_stats(**options), p, activation=activation)
+    assert torch.equal(with_stats(**options)(*p.operands)[0], layer(**options)(*p.operands))
 
 
 def test_strided_rows_and_expanded_gradient(way: str) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 set before triton is imported", allow_module_level=True)
 
+from tiedfused import LatentStats, reference
 from tiedfused._backends.triton.forward import forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import activation_names, get_activation
+from tiedfused.op import zero_stats
 from tiedfused.tiles import Tile
 
 pytestmark = pytest.mark.interpreter
@@ -38,6 +40,8 @@ class Case:
     bias_dec: Tensor | None
     activation: str = "gelu"
     output_activation: str = "identity"
+    grad_l1: Tensor | None = None
+    grad_total: Tensor | None = None
 
 
 def make_case(
@@ -50,6 +54,8 @@ def make_case(
     output_activation: str = "identity",
     bias_enc: bool = True,
     bias_dec: bool = True,
+    grad_l1: bool = False,
+    grad_total: bool = False,
 ) -> Case:
     generator = torch.Generator().manual_seed(rows * 7919 + d * 104729 + latents)
 
@@ -72,6 +78,8 @@ def make_case(
         bias_dec=normal(d).to(dtype) if bias_dec else None,
         activation=activation,
         output_activation=output_activation,
+        grad_l1=normal(rows) if grad_l1 else None,
+        grad_total=normal(latents) if grad_total else None,
     )
 
 
@@ -85,7 +93,8 @@ def definition(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     a = (x @ weight.T + cast(case.bias_enc)).requires_grad_()
     h = get_activation(case.activation).forward(a)
     y = get_activation(case.output_activation).forward(h @ weight + cast(case.bias_dec))
-    (grad_a,) = torch.autograd.grad(h, a, grad_pre @ weight.T)
+    grad_h = grad_pre @ weight.T + cast(case.grad_l1)[..., None] * h.detach().sign() + cast(case.grad_total)
+    (grad_a,) = torch.autograd.grad(h, a, grad_h)
     results = {
         "y": y,
         "grad_weight": grad_a.T @ x + h.T @ grad_pre,
@@ -103,7 +112,7 @@ def launch(case: Case, *, tile: Tile = TILE, split: int = 1, precision: str = "i
         "split": split,
         "precision": precision,
     }
-    gradient_inputs = (case.grad_pre, case.x, case.weight, case.bias_enc)
+    gradient_inputs = (case.grad_pre, case.x, case.weight, case.bias_enc, case.grad_l1, case.grad_total)
     y = forward(
         case.x,
         case.weight,
@@ -131,17 +140,19 @@ def assert_close(case: Case, results: dict[str, Tensor]) -> None:
     """At most twice the error of plain PyTorch in the same dtype, plus one unit of rounding."""
     truth = definition(case, torch.float64)
     eager = definition(case, case.x.dtype)
-    floor = torch.finfo(case.x.dtype).eps
     for name, result in results.items():
-        reference = truth[name.removesuffix("_atomic")]
-        plain = eager[name.removesuffix("_atomic")]
-        assert result.shape == reference.shape, name
-        assert torch.isfinite(result).all(), name
-        for order in (2.0, float("inf")):
-            scale = torch.linalg.vector_norm(reference, order)
-            error = torch.linalg.vector_norm(result - reference, order)
-            allowed = 2 * torch.linalg.vector_norm(plain - reference, order) + floor * scale
-            assert error <= allowed, f"{name}: norm {order}: error {error:.2e}, allowed {allowed:.2e}"
+        of = name.removesuffix("_atomic")
+        assert_tensor_close(name, result, truth[of], eager[of], case.x.dtype)
+
+
+def assert_tensor_close(name: str, result: Tensor, truth: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
+    assert result.shape == truth.shape, name
+    assert torch.isfinite(result).all(), name
+    for order in (2.0, float("inf")):
+        scale = torch.linalg.vector_norm(truth, order)
+        error = torch.linalg.vector_norm(result - truth, order)
+        allowed = 2 * torch.linalg.vector_norm(eager - truth, order) + torch.finfo(dtype).eps * scale
+        assert error <= allowed, f"{name}: norm {order}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -264,6 +275,43 @@ def test_masked_rows_do_not_leak_nan() -> None:
     assert case.bias_enc is not None
     case.bias_enc = torch.full_like(case.bias_enc, float("inf"))
     assert (launch(case)["grad_weight"] == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize(("grad_l1", "grad_total"), [(True, False), (False, True), (True, True)])
+def test_penalties(grad_l1: bool, grad_total: bool, activation: str, dtype: torch.dtype) -> None:
+    case = make_case(33, 17, 70, dtype, activation=activation, grad_l1=grad_l1, grad_total=grad_total)
+    assert_close(case, launch(case, split=1 if grad_l1 and grad_total else 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "relu", "softplus"])
+@pytest.mark.parametrize(("rows", "latents", "split"), [(1, 1, 1), (33, 100, 1), (70, 150, 3), (100, 33, 5)])
+def test_statistics(rows: int, latents: int, split: int, activation: str, dtype: torch.dtype) -> None:
+    """softplus and the bias make rows and latents beyond the last one active, were they counted."""
+    case = make_case(rows, 17, latents, dtype, activation=activation)
+    options: dict[str, Any] = {
+        "activation": get_activation(activation),
+        "output_activation": get_activation("identity"),
+        "tile": TILE,
+        "split": split,
+        "precision": "ieee",
+    }
+    operands = (case.x, case.weight, case.bias_enc, case.bias_dec)
+    stats = zero_stats(case.x, case.weight)
+    y = forward(*operands, stats=stats, stats_tiles=2, **options)
+    assert torch.equal(y, forward(*operands, **options))
+
+    def expected(to: torch.dtype) -> LatentStats:
+        moved = (None if t is None else t.to(to) for t in operands)
+        return reference.tied_encode_decode(*moved, activation=activation, return_stats=True)[1]  # type: ignore[arg-type]
+
+    stats = stats._replace(mean=stats.mean / rows)
+    truth, eager = expected(torch.float64), expected(dtype)
+    assert torch.equal(stats.l0, truth.l0) and torch.equal(stats.fired, truth.fired)
+    for name in ("l1", "mean"):
+        assert_tensor_close(name, getattr(stats, name), getattr(truth, name), getattr(eager, name), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

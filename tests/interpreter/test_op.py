@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from numerics import Problem, assert_layer_matches, outputs, problem
+from test_stats import assert_matches
+from test_stats import layer as with_stats
 
 import tiedfused
 from tiedfused import activations, reference, settings
@@ -129,6 +131,21 @@ def test_atomics() -> None:
     with settings.override(atomics=True):
         assert not tiedfused.plan(12, 8, 20).deterministic
         assert_layer_matches(layer(), problem(12, 8, 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_statistics(activation: str, dtype: torch.dtype) -> None:
+    assert tiedfused.plan(40, 17, 70, stats=True).backend == "triton"
+    p = problem(40, 17, 70, dtype, activation=activation)
+    assert_matches(with_stats(activation=activation), p, activation=activation)
+    y, _ = with_stats(activation=activation)(*p.operands)
+    assert torch.equal(y, tied_encode_decode(*p.operands, activation=activation))
+
+
+def test_statistics_with_atomics_and_one_penalty() -> None:
+    with settings.override(atomics=True):
+        assert_matches(with_stats(), problem(12, 8, 20), ("mean",))
 
 
 def test_nothing_of_the_size_of_the_latent_is_saved() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
+from tiedfused.reference import LatentStats, stats_dtype
 from tiedfused.regimes.common import TorchTile
 
 
@@ -97,14 +98,9 @@ def _keep_freed_tiles() -> None:
     torch.empty(16 << 20, dtype=torch.uint8)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tiles are kept in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 def _sum_for(out: Tensor) -> Tensor:
     """Where to add up the tiles of `out`: `out` itself, or a buffer if its dtype is too narrow."""
-    wide = _wide(out.dtype)
+    wide = stats_dtype(out.dtype)
     return out if wide == out.dtype else torch.empty(out.shape, dtype=wide, device=out.device)
 
 
@@ -115,8 +111,24 @@ def _add(total: Tensor, part: Tensor, first: bool) -> None:
         total.add_(part)
 
 
+def _add_stats(h: Tensor, stats: LatentStats) -> None:
+    """Add one tile's part to the statistics of its rows and latents."""
+    h = h.to(stats.l1.dtype)
+    # as floating-point numbers, exact up to 2²⁴: comparing to a tile of booleans takes 5 times as long
+    active = torch.ne(h, 0, out=torch.empty_like(h))
+    stats.l0.add_(active.sum(1).long())
+    stats.fired.add_(active.sum(0).long())
+    stats.mean.add_(h.sum(0))
+    stats.l1.add_(torch.abs(h, out=active).sum(1))
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    plan: Plan,
+    stats: LatentStats | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y ``[N, d]``, and the kept latent (N · H elements, tile by tile) if the plan keeps it.
 
@@ -127,6 +139,8 @@ def forward(
     products = _PRODUCTS[tile.products]
     if n <= tile.block_n and h <= tile.block_h:
         latent, saved = _encode(products, x, weight, bias_enc, f)
+        if stats is not None:
+            _add_stats(latent, stats)
         return products.linear(latent, weight.t(), bias_dec, g), saved if plan.save_latent else None
 
     _keep_freed_tiles()
@@ -139,9 +153,17 @@ def forward(
         sum_y = _sum_for(y_i)
         for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
             block = blocks[i][j] if blocks is not None else None
-            _forward_tile(products, f, x_i, w_j, b_j, bias_dec if j == 0 else None, block, sum_y, j == 0)
+            tile_stats = _tile_stats(stats, tile, i, j) if stats is not None else None
+            _forward_tile(products, f, x_i, w_j, b_j, bias_dec if j == 0 else None, block, tile_stats, sum_y, j == 0)
         y_i.copy_(g.forward(sum_y))
     return y, kept
+
+
+def _tile_stats(stats: LatentStats, tile: TorchTile, i: int, j: int) -> LatentStats:
+    """The statistics' parts that tile (i, j) adds to."""
+    rows = slice(i * tile.block_n, (i + 1) * tile.block_n)
+    latents = slice(j * tile.block_h, (j + 1) * tile.block_h)
+    return LatentStats(stats.l1[rows], stats.l0[rows], stats.mean[latents], stats.fired[latents])
 
 
 def _forward_tile(
@@ -152,6 +174,7 @@ def _forward_tile(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     block: Tensor | None,
+    stats: LatentStats | None,
     sum_y: Tensor,
     first: bool,
 ) -> None:
@@ -159,6 +182,8 @@ def _forward_tile(
     h, saved = _encode(products, x, weight, bias_enc, f)
     if block is not None:
         block.copy_(saved)
+    if stats is not None:
+        _add_stats(h, stats)
     _add(sum_y, products.linear(h, weight.t(), bias_dec, IDENTITY), first)
 
 
@@ -170,6 +195,8 @@ def backward(
     latent: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, each None unless `needs` asks for it.
 
@@ -181,15 +208,22 @@ def backward(
     tile: TorchTile = plan.backward.passes[0].tile  # type: ignore[assignment]
     products = _PRODUCTS[tile.products]
     need_x, need_weight, need_bias = needs
+    if plan.stats:
+        grad_l1, grad_total = (None if t is None else t.to(x.dtype) for t in (grad_l1, grad_total))
     n, h = x.shape[0], plan.h
     if n <= tile.block_n and h <= tile.block_h and tile.products == "blas":
-        return _one_tile_backward(grad_z, x, weight, bias_enc, latent, f, needs)
+        return _one_tile_backward(grad_z, x, weight, bias_enc, latent, f, needs, grad_l1, grad_total)
 
     if need_x and n > tile.block_n and len(plan.backward.passes) == 2:  # x̄ apart: only a tile's rows of it are summed
         kept = [None] * n if latent is None else latent.view(-1).split(tile.block_n * h)
-        parts = zip(_rows(grad_z, tile.block_n), _rows(x, tile.block_n), kept, strict=False)
-        grads = [backward(*part[:2], weight, bias_enc, part[2], plan, (True, False, False))[0] for part in parts]
-        others = backward(grad_z, x, weight, bias_enc, latent, plan, (False, need_weight, need_bias))
+        penalty = [None] * n if grad_l1 is None else grad_l1.split(tile.block_n)
+        parts = zip(_rows(grad_z, tile.block_n), _rows(x, tile.block_n), kept, penalty, strict=False)
+        grads = [
+            backward(grad_i, x_i, weight, bias_enc, kept_i, plan, (True, False, False), grad_l1_i, grad_total)[0]
+            for grad_i, x_i, kept_i, grad_l1_i in parts
+        ]
+        only = (False, need_weight, need_bias)
+        others = backward(grad_z, x, weight, bias_enc, latent, plan, only, grad_l1, grad_total)
         return torch.cat(grads), *others[1:]  # type: ignore[arg-type]
 
     blocks = _latent_blocks(latent, n, h, tile) if latent is not None else None
@@ -212,6 +246,8 @@ def backward(
                 w_j,
                 b_j,
                 blocks[i][j] if blocks is not None else None,
+                grad_l1[i * tile.block_n : (i + 1) * tile.block_n] if grad_l1 is not None else None,
+                grad_total[h_j] if grad_total is not None else None,
                 _rows(sum_x, tile.block_n)[i] if sum_x is not None else None,
                 sum_bias,
                 sum_weight,
@@ -236,6 +272,8 @@ def _backward_tile(
     weight: Tensor,
     bias_enc: Tensor | None,
     block: Tensor | None,
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
     sum_x: Tensor | None,
     sum_bias: Tensor | None,
     sum_weight: Tensor | None,
@@ -250,7 +288,11 @@ def _backward_tile(
     else:
         saved = block
         h = saved if f.from_output else f.forward(saved)
-    grad_a = f.backward(products.linear(grad_z, weight, None, IDENTITY), saved)
+    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
+    if grad_l1 is not None:
+        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
+    grad_a = f.backward(grad_h, saved)
+    del grad_h
     del saved  # where it is the pre-activation, nothing needs it any more
     if sum_bias is not None:
         _add(sum_bias, grad_a.sum(0), first_rows)
@@ -259,7 +301,7 @@ def _backward_tile(
     if not need_weight:
         return None
     part = products.outer(grad_a, x)
-    sum_weight = part.to(_wide(part.dtype)) if sum_weight is None else sum_weight.add_(part)
+    sum_weight = part.to(stats_dtype(part.dtype)) if sum_weight is None else sum_weight.add_(part)
     del part
     return sum_weight.add_(products.outer(h, grad_z))
 
@@ -272,6 +314,8 @@ def _one_tile_backward(
     latent: Tensor | None,
     f: Activation,
     needs: tuple[bool, bool, bool],
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` without its loops and accumulators, whose host time is more than a small problem's arithmetic."""
     need_x, need_weight, need_bias = needs
@@ -280,7 +324,10 @@ def _one_tile_backward(
     else:
         saved = latent.view(x.shape[0], weight.shape[0])
         h = saved if f.from_output else f.forward(saved)
-    grad_a = f.backward(F.linear(grad_z, weight), saved)
+    grad_h = F.linear(grad_z, weight, grad_total)
+    if grad_l1 is not None:
+        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
+    grad_a = f.backward(grad_h, saved)
     return (
         grad_a @ weight if need_x else None,
         (grad_a.t() @ x).addmm_(h.t(), grad_z) if need_weight else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from tiedfused.activations import get_activation
 from tiedfused.functional import tied_encode_decode
 from tiedfused.nn.checks import check_features, check_size, describe
 from tiedfused.planning import DTYPES
+from tiedfused.reference import LatentStats
 
 BIAS_MODES = ("none", "independent", "pre", "latent")
 
@@ -134,16 +135,26 @@ class TiedLinear(nn.Module):
             if bias is not None:
                 bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = decode(encode(x)), fused. x ``[..., in_features]`` → ``[..., in_features]``."""
+    @overload
+    def forward(self, x: Tensor, return_stats: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_stats: Literal[True]) -> tuple[Tensor, LatentStats]: ...
+
+    def forward(self, x: Tensor, return_stats: bool = False) -> Tensor | tuple[Tensor, LatentStats]:
+        """y = decode(encode(x)), fused. x ``[..., in_features]`` → ``[..., in_features]``.
+
+        With `return_stats`, y and the latent's statistics (`tiedfused.LatentStats`), for a sparsity penalty.
+        """
         atoms = self.atoms()
-        return tied_encode_decode(
+        return tied_encode_decode(  # type: ignore[call-overload, no-any-return]
             self._centred(x),
             atoms,
             self.bias_enc,
             self._decoder_bias(atoms),
             activation=self.activation,
             output_activation=self.output_activation,
+            return_stats=return_stats,
         )
 
     def forward_enc(self, x: Tensor) -> Tensor:

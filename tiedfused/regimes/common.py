@@ -35,6 +35,7 @@ class Request:
         grad: whether a backward pass follows.
         grad_x: whether x needs a gradient.
         recompute: as the caller passed it; None leaves it to the settings, then to the plan.
+        stats: whether forward also returns the latent's statistics, and backward takes their gradients.
         precision: of fp32 products in the Triton kernels, ``"ieee"`` or ``"tf32"``.
         threads: of the CPU.
         atomics: whether x̄ may be added with atomics.
@@ -53,6 +54,7 @@ class Request:
     grad: bool
     grad_x: bool
     recompute: bool | None
+    stats: bool
     precision: str
     threads: int
     atomics: bool

@@ -42,6 +42,8 @@ def forward(r: Request, keep: bool) -> Part:
     rows = min(tile.block_n, r.n) * r.d
     bytes_moved = 2 * x + 2 * w + saved
     workspace = 2 * _latent_tile(r, tile) + rows * (_sum_bytes(r) * (r.itemsize < 4) + r.itemsize)
+    if r.stats:  # they widen the tile, and make one more of it
+        workspace += (1 + (r.itemsize < 4)) * _latent_tile(r, tile) // r.itemsize * _sum_bytes(r)
     trips = (
         6 if keep else 4
     )  # the first product writes, f reads and writes, the second product reads; keeping is a copy
@@ -56,7 +58,7 @@ def backward(r: Request, keep: bool) -> Part:
     tile = _tile(r, keep)
     x, w, saved = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize, r.latent_bytes if keep else 0
     products, trips = (1, 5) if keep else (2, 8)  # h̄, and h where it is recomputed
-    workspace = 4 * _latent_tile(r, tile) + min(tile.block_h, r.h) * r.d * (_sum_bytes(r) + r.itemsize)
+    workspace = (4 + r.stats) * _latent_tile(r, tile) + min(tile.block_h, r.h) * r.d * (_sum_bytes(r) + r.itemsize)
     workspace += 2 * min(tile.block_n, r.n) * r.d * r.itemsize
     sum_x = r.n * r.d * _sum_bytes(r) if r.grad_x and r.itemsize < 4 else 0
     sums_x, sums_w = r.n * math.ceil(r.h / tile.block_h), 2 * r.h * math.ceil(r.n / tile.block_n)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton import chunked, stream
 from tiedfused.planning import Plan
+from tiedfused.reference import LatentStats
 
 _REGIMES = {"stream": stream, "chunked": chunked}
 
@@ -21,11 +22,16 @@ def _device_of(t: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    plan: Plan,
+    stats: LatentStats | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y ``[N, d]``, and h ``[N, H]`` if the plan keeps it."""
     with _device_of(x):
-        return _REGIMES[plan.forward.regime].forward(x, weight, bias_enc, bias_dec, plan)
+        return _REGIMES[plan.forward.regime].forward(x, weight, bias_enc, bias_dec, plan, stats)
 
 
 def backward(
@@ -36,11 +42,13 @@ def backward(
     latent: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` in x's dtype, None where `needs` does not ask."""
     assert plan.backward is not None
     with _device_of(x):
         regime = _REGIMES[plan.backward.regime]
-        grads = regime.backward(grad_z, x, weight, bias_enc, latent, plan, needs)
+        grads = regime.backward(grad_z, x, weight, bias_enc, latent, plan, needs, grad_l1, grad_total)
         grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
         return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(x.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.grid import block_of
 from tiedfused.activations import Activation
+from tiedfused.reference import LatentStats
 from tiedfused.tiles import GemmTile
 
 
@@ -19,9 +20,15 @@ def chunk_latent_kernel(
     grad_pre_ptr,
     w_ptr,
     bias_enc_ptr,
+    grad_l1_ptr,
+    grad_total_ptr,
     h_ptr,
     grad_a_ptr,
     grad_bias_enc_ptr,
+    l1_ptr,
+    l0_ptr,
+    total_ptr,
+    fired_ptr,
     N,
     H,
     D,
@@ -76,7 +83,21 @@ def chunk_latent_kernel(
         h = ACTIVATION(a)
         if h_ptr is not None:
             tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    if l1_ptr is not None:
+        seen = tl.where(mask, h.to(h_ptr.dtype.element_ty).to(tl.float32), 0.0)
+        active = (seen != 0.0).to(tl.int32)
+        to_row = tl.cast(block_h, tl.int64) * N + offs_n
+        tl.store(l1_ptr + to_row, tl.sum(tl.abs(seen), 1), mask=mask_n)
+        tl.store(l0_ptr + to_row, tl.sum(active, 1), mask=mask_n)
+        to_latent = tl.cast(block_n, tl.int64) * H + offs_h
+        tl.store(total_ptr + to_latent, tl.sum(seen, 0), mask=mask_h)
+        tl.store(fired_ptr + to_latent, tl.sum(active, 0).to(fired_ptr.dtype.element_ty), mask=mask_h)
     if grad_pre_ptr is not None:
+        if grad_l1_ptr is not None:
+            grad_l1 = tl.load(grad_l1_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+            grad_h += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0))
+        if grad_total_ptr is not None:
+            grad_h += tl.load(grad_total_ptr + offs_h, mask=mask_h, other=0.0)[None, :]
         grad_a = tl.where(mask, grad_h * DERIVATIVE(a, h), 0.0)
         grad_a_ptrs = grad_a_ptr + offs_n.to(tl.int64)[:, None] * stride_grad_a + offs_h[None, :]
         tl.store(grad_a_ptrs, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
@@ -90,11 +111,14 @@ def chunk_latent(
     grad_pre: Tensor | None,
     weight: Tensor,
     bias_enc: Tensor | None,
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
     *,
     h: Tensor | None,
     kept: bool = False,
     grad_a: Tensor | None = None,
     grad_bias_enc: Tensor | None = None,
+    stats: LatentStats | None = None,
     activation: Activation,
     tile: GemmTile,
     precision: str,
@@ -106,11 +130,14 @@ def chunk_latent(
         grad_pre: ō [N, d], the gradient before the output activation, dtype and layout as `x`; None makes h alone.
         weight: [H, d], the chunk's rows, the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
+        grad_l1: [N] fp32, contiguous, or None: times the latent's sign, added to h̄.
+        grad_total: [H] fp32, contiguous, or None: added to h̄.
         h: [N, H], the dtype of `x`, unit stride along H: written, or read if `kept`; None where it is not asked for.
         kept: `h` holds the latent already.
         grad_a: ā [N, H], likewise; written if `grad_pre` is given.
         grad_bias_enc: [ceil(N / tile.block_m), H] fp32, unit stride along H: written, each row the sum of ā over that
             many rows; or None.
+        stats: partial statistics of h, a row a block of latents and a latent a block of rows: written; or None.
         activation: f, an entry with a Triton pair; with `kept` one whose gradient is read off its output.
         tile: block_m rows, block_n latents, block_k of d a step.
         precision: "ieee" or "tf32", for fp32 inputs.
@@ -123,9 +150,15 @@ def chunk_latent(
         grad_pre_ptr=grad_pre,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
+        grad_l1_ptr=grad_l1,
+        grad_total_ptr=grad_total,
         h_ptr=h,
         grad_a_ptr=grad_a,
         grad_bias_enc_ptr=grad_bias_enc,
+        l1_ptr=None if stats is None else stats.l1,
+        l0_ptr=None if stats is None else stats.l0,
+        total_ptr=None if stats is None else stats.mean,
+        fired_ptr=None if stats is None else stats.fired,
         N=N,
         H=H,
         D=D,

@@ -13,8 +13,10 @@ from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_latent import chunk_latent
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
+from tiedfused.reference import LatentStats
 from tiedfused.regimes.common import Pass
 
 
@@ -52,7 +54,12 @@ def _options(one: Pass, plan: Plan) -> dict[str, Any]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    plan: Plan,
+    stats: LatentStats | None,
 ) -> tuple[Tensor, Tensor | None]:
     """y ``[N, d]``, and h ``[N, H]`` if the plan keeps it."""
     part, (N, D), H = plan.forward, x.shape, weight.shape[0]
@@ -69,9 +76,19 @@ def forward(
             width = latents.stop - latents.start
             h = buffer[:size, :width] if kept is None else kept[rows, latents]
             bias = None if bias_enc is None else bias_enc[latents]
+            parts = _partial_stats(size, width, encode.tile, x.device) if stats is not None else None
             chunk_latent(
-                x[rows], None, weight[latents], bias, h=h, activation=plan.activation, **_options(encode, plan)
+                x[rows],
+                None,
+                weight[latents],
+                bias,
+                h=h,
+                stats=parts,
+                activation=plan.activation,
+                **_options(encode, plan),
             )
+            if stats is not None and parts is not None:
+                add_partial_stats(parts, stats, rows, latents)
             completes = latents.stop == H and decode.split == 1
             chunk_decode(
                 h,
@@ -85,6 +102,11 @@ def forward(
     return y, kept
 
 
+def _partial_stats(n: int, h: int, tile: Any, device: torch.device) -> LatentStats:
+    """What `chunk_latent` writes for a chunk: a sum of each row for every block of latents, and the other way round."""
+    return partial_stats(n, h, -(-h // tile.block_n), -(-n // tile.block_m), device)
+
+
 def backward(
     grad_z: Tensor,
     x: Tensor,
@@ -93,6 +115,8 @@ def backward(
     latent: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` (fp32), None where `needs` does not ask."""
     part = plan.backward
@@ -100,13 +124,15 @@ def backward(
     kept = None if latent is None else latent.view(x.shape[0], weight.shape[0])
     together = [one.kernel for one in part.passes].count("chunk_latent") == 1
     if together or not needs[0]:
-        return _sweep(grad_z, x, weight, bias_enc, kept, plan, needs)
+        return _sweep(grad_z, x, weight, bias_enc, grad_l1, grad_total, kept, plan, needs)
 
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in _slices(x.shape[0], part.chunk[0]):
-        kept_rows = None if kept is None else kept[rows]
-        _sweep(grad_z[rows], x[rows], weight, bias_enc, kept_rows, plan, (True, False, False), grad_x=grad_x[rows])
-    _, grad_weight, grad_bias = _sweep(grad_z, x, weight, bias_enc, kept, plan, (False, *needs[1:]))
+        kept_rows, grad_l1_rows = (None if t is None else t[rows] for t in (kept, grad_l1))
+        operands = (grad_z[rows], x[rows], weight, bias_enc, grad_l1_rows, grad_total)
+        _sweep(*operands, kept_rows, plan, (True, False, False), grad_x=grad_x[rows])
+    operands = (grad_z, x, weight, bias_enc, grad_l1, grad_total)
+    _, grad_weight, grad_bias = _sweep(*operands, kept, plan, (False, *needs[1:]))
     return grad_x, grad_weight, grad_bias
 
 
@@ -115,6 +141,8 @@ def _sweep(
     x: Tensor,
     weight: Tensor,
     bias_enc: Tensor | None,
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
     kept: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
@@ -164,6 +192,8 @@ def _sweep(
                 grad_rows,
                 weight[latents],
                 bias,
+                None if grad_l1 is None else grad_l1[rows],
+                None if grad_total is None else grad_total[latents],
                 h=h,
                 kept=kept is not None,
                 grad_a=grad_a,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
+from tiedfused.reference import LatentStats
 from tiedfused.tiles import Tile, block_d
 
 
@@ -19,6 +23,10 @@ def forward_kernel(
     bias_enc_ptr,
     bias_dec_ptr,
     y_ptr,
+    l1_ptr,
+    l0_ptr,
+    total_ptr,
+    fired_ptr,
     N,
     H,
     D,
@@ -44,6 +52,10 @@ def forward_kernel(
 
     x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
     y = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if l1_ptr is not None:
+        l1 = tl.zeros([BLOCK_N], tl.float32)
+        l0 = tl.zeros([BLOCK_N], tl.int32)
+        row_tile = tl.program_id(0).to(tl.int64)
 
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
     for h0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, H), BLOCK_H):
@@ -53,13 +65,24 @@ def forward_kernel(
         a = tl.dot(x, w.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
         if bias_enc_ptr is not None:
             a += tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        h = tl.where(mask_h[None, :], ACTIVATION(a), 0.0)
-        y = tl.dot(h.to(w.dtype), w, y, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        h = tl.where(mask_h[None, :], ACTIVATION(a), 0.0).to(w.dtype)
+        if l1_ptr is not None:
+            seen = tl.where(mask_n[:, None], h.to(tl.float32), 0.0)
+            active = (seen != 0.0).to(tl.int32)
+            l1 += tl.sum(tl.abs(seen), 1)
+            l0 += tl.sum(active, 1)
+            latents = row_tile * H + h0 + offs_h
+            tl.store(total_ptr + latents, tl.sum(seen, 0), mask=mask_h)
+            tl.store(fired_ptr + latents, tl.sum(active, 0).to(fired_ptr.dtype.element_ty), mask=mask_h)
+        y = tl.dot(h, w, y, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
 
     if bias_dec_ptr is not None:
         y += tl.load(bias_dec_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + (tl.cast(part, tl.int64) * N + rows) * D + offs_d[None, :]
     tl.store(y_ptrs, OUTPUT_ACTIVATION(y).to(y_ptr.dtype.element_ty), mask=mask_nd)
+    if l1_ptr is not None:
+        tl.store(l1_ptr + tl.cast(part, tl.int64) * N + offs_n, l1, mask=mask_n)
+        tl.store(l0_ptr + tl.cast(part, tl.int64) * N + offs_n, l0, mask=mask_n)
 
 
 def forward(
@@ -73,8 +96,10 @@ def forward(
     tile: Tile,
     split: int,
     precision: str,
+    stats: LatentStats | None = None,
+    stats_tiles: int = 1,
 ) -> Tensor:
-    """The reconstruction of `x`.
+    """The reconstruction of `x`, and the statistics of its latent.
 
     Args:
         x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
@@ -86,16 +111,58 @@ def forward(
         tile: rows of x and of W a program holds at a time.
         split: into how many parts H is divided; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
+        stats: the statistics of the latent as it is decoded, rounded to the dtype of `x`, are added to it (see
+            `tiedfused._backends`); or None.
+        stats_tiles: how many row tiles a launch has at most where there are statistics. A program sees its rows only,
+            so what is summed over all rows is written out for every row tile, [tiles, H], and added up after the launch
+            in order: 6 bytes for BLOCK_N · D · 4 FLOPs, where a pass of its own that keeps a tile of W and streams x
+            past it would repeat half of the forward's work. Several launches keep those sums from growing with N · H.
 
     Returns:
         y [N, d], contiguous, in the dtype of `x`.
     """
+    N, D = x.shape
+    H = weight.shape[0]
+    y = torch.empty((N, D), dtype=x.dtype, device=x.device)
+    options: dict[str, Any] = {
+        "activation": activation,
+        "output_activation": output_activation,
+        "tile": tile,
+        "split": split,
+        "precision": precision,
+    }
+    if stats is None:
+        _launch(x, weight, bias_enc, bias_dec, y, None, **options)
+        return y
+    for start in range(0, N, stats_tiles * tile.block_n):
+        rows = slice(start, min(start + stats_tiles * tile.block_n, N))
+        n = rows.stop - rows.start
+        parts = partial_stats(n, H, split, triton.cdiv(n, tile.block_n), x.device)
+        _launch(x[rows], weight, bias_enc, bias_dec, y[rows], parts, **options)
+        add_partial_stats(parts, stats, rows, slice(0, H))
+    return y
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    y: Tensor,
+    stats: LatentStats | None,
+    *,
+    activation: Activation,
+    output_activation: Activation,
+    tile: Tile,
+    split: int,
+    precision: str,
+) -> None:
+    """One launch on all rows of `x`; `stats` are its parts, of every split and of every row tile."""
     epilogue = output_activation if split == 1 else IDENTITY
     assert activation.triton is not None
     assert epilogue.triton is not None
     N, D = x.shape
     H = weight.shape[0]
-    y = torch.empty((N, D), dtype=x.dtype, device=x.device)
     partial = y if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
     padded_d = block_d(D)
     forward_kernel[(triton.cdiv(N, tile.block_n), split)](
@@ -104,6 +171,10 @@ def forward(
         bias_enc_ptr=bias_enc,
         bias_dec_ptr=bias_dec if split == 1 else None,
         y_ptr=partial,
+        l1_ptr=None if stats is None else stats.l1,
+        l0_ptr=None if stats is None else stats.l0,
+        total_ptr=None if stats is None else stats.mean,
+        fired_ptr=None if stats is None else stats.fired,
         N=N,
         H=H,
         D=D,
@@ -122,4 +193,3 @@ def forward(
     )
     if split > 1:
         combine(partial, y, bias_dec, activation=output_activation)
-    return y

@@ -1,4 +1,4 @@
-"""Gradient of the input: ``x̄ = ā W``, with ``ā = (ō Wᵀ) ⊙ f′(x Wᵀ + b_enc)`` recomputed; one fetch of W serves all."""
+"""Gradient of the input: ``x̄ = ā W``, with ``ā = h̄ ⊙ f′(x Wᵀ + b_enc)`` recomputed; one fetch of W serves all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def input_grad_kernel(
     x_ptr,
     w_ptr,
     bias_enc_ptr,
+    grad_l1_ptr,
+    grad_total_ptr,
     grad_x_ptr,
     N,
     H,
@@ -45,6 +47,8 @@ def input_grad_kernel(
 
     x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
     grad_pre = tl.load(grad_pre_ptr + rows * stride_grad_pre + offs_d[None, :], mask=mask_nd, other=0.0)
+    if grad_l1_ptr is not None:
+        grad_l1 = tl.load(grad_l1_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     grad_x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
@@ -56,7 +60,15 @@ def input_grad_kernel(
         if bias_enc_ptr is not None:
             a += tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
         grad_h = tl.dot(grad_pre, w.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
-        grad_a = tl.where(mask_h[None, :], grad_h * DERIVATIVE(a, ACTIVATION(a)), 0.0)
+        h = ACTIVATION(a)
+        slope = DERIVATIVE(a, h)
+        # penalties after the product with f′: before it, sm_100 takes one more buffer of W, which does not fit at d 512
+        grad_a = grad_h * slope
+        if grad_l1_ptr is not None:
+            grad_a += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0)) * slope
+        if grad_total_ptr is not None:
+            grad_a += tl.load(grad_total_ptr + h0 + offs_h, mask=mask_h, other=0.0)[None, :] * slope
+        grad_a = tl.where(mask_h[None, :], grad_a, 0.0)
         grad_x = tl.dot(grad_a.to(w.dtype), w, grad_x, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
 
     grad_x_ptrs = grad_x_ptr + (tl.cast(part, tl.int64) * N + rows) * D + offs_d[None, :]
@@ -68,6 +80,8 @@ def input_grad(
     x: Tensor,
     weight: Tensor,
     bias_enc: Tensor | None,
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
     *,
     activation: Activation,
     tile: Tile,
@@ -81,6 +95,8 @@ def input_grad(
         x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
         weight: [H, d], the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
+        grad_l1: [N] fp32, contiguous, or None: times the latent's sign, added to h̄.
+        grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
         tile: rows of x and of W a program holds at a time.
         split: into how many parts H is divided; their fp32 sums are added in a fixed order.
@@ -100,6 +116,8 @@ def input_grad(
         x_ptr=x,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
+        grad_l1_ptr=grad_l1,
+        grad_total_ptr=grad_total,
         grad_x_ptr=partial,
         N=N,
         H=H,

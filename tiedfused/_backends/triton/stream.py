@@ -11,7 +11,9 @@ from tiedfused._backends.triton.forward import forward as _forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.planning import Plan
+from tiedfused.reference import LatentStats
 from tiedfused.regimes.common import Pass
+from tiedfused.regimes.stream import STATS_TILES
 
 
 def _options(one: Pass, plan: Plan) -> dict[str, Any]:
@@ -19,11 +21,25 @@ def _options(one: Pass, plan: Plan) -> dict[str, Any]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    bias_dec: Tensor | None,
+    plan: Plan,
+    stats: LatentStats | None,
 ) -> tuple[Tensor, None]:
     """y ``[N, d]``; the latent is never kept."""
-    options = _options(plan.forward.passes[0], plan)
-    return _forward(x, weight, bias_enc, bias_dec, output_activation=plan.output_activation, **options), None
+    y = _forward(
+        x,
+        weight,
+        bias_enc,
+        bias_dec,
+        output_activation=plan.output_activation,
+        stats=stats,
+        stats_tiles=STATS_TILES,
+        **_options(plan.forward.passes[0], plan),
+    )
+    return y, None
 
 
 def backward(
@@ -34,10 +50,12 @@ def backward(
     latent: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x̄ ``[N, d]``, W̄ ``[H, d]`` in x's dtype, b̄_enc ``[H]`` in fp32; `latent` is None."""
     need_x, need_weight, need_bias = needs
-    operands = (grad_z, x, weight, bias_enc)
+    operands = (grad_z, x, weight, bias_enc, grad_l1, grad_total)
     grad_x = grad_weight = grad_bias = None
     assert plan.backward is not None
     for one in plan.backward.passes:

@@ -23,6 +23,8 @@ def weight_grad_kernel(
     x_ptr,
     w_ptr,
     bias_enc_ptr,
+    grad_l1_ptr,
+    grad_total_ptr,
     grad_w_ptr,
     grad_bias_enc_ptr,
     grad_x_ptr,
@@ -55,6 +57,8 @@ def weight_grad_kernel(
     w = tl.load(w_ptr + latents * stride_w + offs_d[None, :], mask=mask_hd, other=0.0)  # [BLOCK_H, BLOCK_D]
     if bias_enc_ptr is not None:
         bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+    if grad_total_ptr is not None:
+        grad_total = tl.load(grad_total_ptr + offs_h, mask=mask_h, other=0.0)[:, None]
     grad_w = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     grad_bias_enc = tl.zeros([BLOCK_H], tl.float32)
 
@@ -79,6 +83,11 @@ def weight_grad_kernel(
         if bias_enc_ptr is not None:
             a += bias_enc[:, None]
         h = ACTIVATION(a)
+        if grad_l1_ptr is not None:
+            grad_l1 = tl.load(grad_l1_ptr + n0 + offs_n, mask=mask_n, other=0.0)[None, :]
+            grad_h += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0))
+        if grad_total_ptr is not None:
+            grad_h += grad_total
         grad_a = tl.where(mask_hn, grad_h * DERIVATIVE(a, h), 0.0)
         h = tl.where(mask_hn, h, 0.0)
         grad_bias_enc += tl.sum(grad_a, 1)
@@ -100,6 +109,8 @@ def weight_grad(
     x: Tensor,
     weight: Tensor,
     bias_enc: Tensor | None,
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
     *,
     activation: Activation,
     tile: Tile,
@@ -114,6 +125,8 @@ def weight_grad(
         x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
         weight: [H, d], the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
+        grad_l1: [N] fp32, contiguous, or None: times the latent's sign, added to h̄.
+        grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
         tile: rows of W and of x a program holds at a time.
         split: into how many parts N is divided; their fp32 sums are added in a fixed order.
@@ -139,6 +152,8 @@ def weight_grad(
         x_ptr=x,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
+        grad_l1_ptr=grad_l1,
+        grad_total_ptr=grad_total,
         grad_w_ptr=partial_w,
         grad_bias_enc_ptr=partial_bias_enc,
         grad_x_ptr=grad_x,
