@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import GemmTile
@@ -29,11 +30,13 @@ def chunk_decode_kernel(
     OUTPUT_ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
     part = tl.program_id(1)
     block_n, block_d = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D), GROUP)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,6 +114,7 @@ def chunk_decode(
         OUTPUT_ACTIVATION=output_activation.triton[0],
         PRECISION=precision,
         EVEN_H=H % tile.block_k == 0,
+        ALIGNMENT=alignment(weight),
         BLOCK_N=tile.block_m,
         BLOCK_D=tile.block_n,
         BLOCK_H=tile.block_k,

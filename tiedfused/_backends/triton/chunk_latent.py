@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
 from tiedfused.activations import Activation
 from tiedfused.reference import LatentStats
@@ -43,11 +44,14 @@ def chunk_latent_kernel(
     PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
+    stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
     block_n, block_h = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -173,6 +177,7 @@ def chunk_latent(
         PRECISION=precision,
         KEPT=kept,
         EVEN_D=D % tile.block_k == 0,
+        ALIGNMENT=alignment(x, grad_pre, weight),
         BLOCK_N=tile.block_m,
         BLOCK_H=tile.block_n,
         BLOCK_D=tile.block_k,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
 from tiedfused.tiles import GemmTile
 
@@ -30,18 +31,21 @@ def chunk_weight_grad_kernel(
     stride_part,
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    D = aligned(D, ALIGNMENT)
+    stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
     part = tl.program_id(1)
     block_h, block_d = block_of(tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.cdiv(D, BLOCK_D), GROUP)
     offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
-    mask_h = (offs_h < H)[None, :]
+    mask_h = (offs_h < H)[:, None]
     mask_d = (offs_d < D)[None, :]
 
     part_offset = tl.cast(part, tl.int64) * stride_part
@@ -54,14 +58,15 @@ def chunk_weight_grad_kernel(
     for n0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, N), BLOCK_N):
         mask_n = tl.full([BLOCK_N, 1], True, tl.int1) if EVEN_N else (offs_n < N - n0)[:, None]
         rows = (n0 + offs_n).to(tl.int64)[:, None]
-        grad_a = tl.load(
-            grad_a_ptr + rows * stride_grad_a + offs_h[None, :], mask=mask_n & mask_h, other=0.0
-        )  # [BLOCK_N, BLOCK_H]
+        # loaded transposed: the transpose of a loaded tile as the left operand keeps mma kernels from pipelining it
+        grad_a_ptrs = grad_a_ptr + rows.T * stride_grad_a + offs_h[:, None]
+        grad_a_t = tl.load(grad_a_ptrs, mask=mask_h & mask_n.T, other=0.0)  # [BLOCK_H, BLOCK_N]
         x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_n & mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        total = tl.dot(grad_a.T, x, total, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
-        h = tl.load(h_ptr + rows * stride_h + offs_h[None, :], mask=mask_n & mask_h, other=0.0)
+        total = tl.dot(grad_a_t, x, total, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
+        h_ptrs = h_ptr + rows.T * stride_h + offs_h[:, None]
+        h_t = tl.load(h_ptrs, mask=mask_h & mask_n.T, other=0.0)  # [BLOCK_H, BLOCK_N]
         grad_pre = tl.load(grad_pre_ptr + rows * stride_grad_pre + offs_d[None, :], mask=mask_n & mask_d, other=0.0)
-        total = tl.dot(h.T, grad_pre, total, input_precision=PRECISION)
+        total = tl.dot(h_t, grad_pre, total, input_precision=PRECISION)
 
     out_ptrs = out_ptr + part_offset + latents * stride_out + offs_d[None, :]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -114,6 +119,7 @@ def chunk_weight_grad(
         stride_part=out.stride(0) if split > 1 else 0,
         PRECISION=precision,
         EVEN_N=N % tile.block_k == 0,
+        ALIGNMENT=alignment(x, grad_pre),
         BLOCK_H=tile.block_m,
         BLOCK_D=tile.block_n,
         BLOCK_N=tile.block_k,

@@ -10,6 +10,23 @@ from tiedfused.activations import Activation
 
 
 @triton.jit
+def sum_parts(partial_ptr, offs, mask, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Σₛ partial[s, offs] ``[BLOCK]``; `PARTS` of them are read at once, so that the reads wait for memory together."""
+    offs_part = tl.arange(0, PARTS).to(tl.int64)
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for first in tl.range(0, split, PARTS):
+        part_ptrs = partial_ptr + (first + offs_part)[:, None] * size + offs[None, :]
+        total += tl.load(part_ptrs, mask=(offs_part < split - first)[:, None] & mask[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+def combine_blocks(split: int) -> tuple[int, int]:
+    """How many parts and how many columns a program of four warps adds at once: 16 elements a thread."""
+    parts = min(32, triton.next_power_of_2(split))
+    return parts, 2048 // parts
+
+
+@triton.jit
 def combine_kernel(
     partial_ptr,
     bias_ptr,
@@ -18,17 +35,15 @@ def combine_kernel(
     columns,
     split,
     ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = tl.arange(0, BLOCK)
-    mask = offs < size - start
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.range(0, split):
-        total += tl.load(partial_ptr + tl.cast(part, tl.int64) * size + start + offs, mask=mask, other=0.0)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = sum_parts(partial_ptr, offs, mask, size, split, PARTS, BLOCK)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + (start + offs) % columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + start + offs, ACTIVATION(total).to(out_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(bias_ptr + offs % columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs, ACTIVATION(total).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Activation) -> None:
@@ -41,16 +56,17 @@ def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Ac
         activation: g, an entry with a Triton pair.
     """
     assert activation.triton is not None
-    size = out.numel()
-    block = 1024
+    size, split = out.numel(), partial.shape[0]
+    parts, block = combine_blocks(split)
     combine_kernel[(triton.cdiv(size, block),)](
         partial_ptr=partial,
         bias_ptr=bias,
         out_ptr=out,
         size=size,
         columns=out.shape[-1],
-        split=partial.shape[0],
+        split=split,
         ACTIVATION=activation.triton[0],
+        PARTS=parts,
         BLOCK=block,
         num_warps=4,
     )
