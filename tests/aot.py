@@ -24,6 +24,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from tiedfused import LatentStats
+from tiedfused._backends.triton.bottleneck_forward import bottleneck_forward
+from tiedfused._backends.triton.bottleneck_latent import bottleneck_latent
 from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_latent import chunk_latent
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
@@ -32,7 +34,7 @@ from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.stats import partial_stats
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import get_activation
-from tiedfused.tiles import GemmTile, Tile
+from tiedfused.tiles import AnyTile, GemmTile, LatentTile
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -105,7 +107,7 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], capability: int) ->
 @functools.cache
 def compile_kernel(
     kernel: str,
-    tile: Tile | GemmTile,
+    tile: AnyTile,
     d: int,
     dtype: torch.dtype,
     capability: int,
@@ -119,7 +121,7 @@ def compile_kernel(
     bias: bool = True,
     stats: bool = False,
 ) -> list[Compiled]:
-    """Every kernel that the launcher named `kernel` (see `tiedfused.tiles.KERNELS`) launches, in launch order."""
+    """Every kernel that the launcher named `kernel` launches, in launch order."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -196,6 +198,21 @@ def compile_kernel(
             "chunk_weight_grad": lambda: chunk_weight_grad(
                 latent, latent, x, x, earlier=None, out=partial_weight, split=split, **gemm
             ),
+        }
+    if isinstance(tile, LatentTile):
+        launch = {
+            "bottleneck_forward": lambda: bottleneck_forward(
+                x,
+                weight,
+                bias_enc,
+                bias_dec,
+                activation=get_activation(activation),
+                output_activation=get_activation(output_activation),
+                tile=tile,
+                precision=precision,
+            ),
+            "bottleneck_latent": lambda: bottleneck_latent(x, None, weight, bias_enc, **common),
+            "bottleneck_latent_grad": lambda: bottleneck_latent(x, x, weight, bias_enc, **common),
         }
     with _record_launches() as launches:
         launch[kernel]()

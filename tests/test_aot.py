@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -14,7 +15,20 @@ from aot import Compiled, compile_kernel, shared_copies
 
 from tiedfused import tiles
 from tiedfused.activations import activation_names
-from tiedfused.tiles import ARCHITECTURES, CHUNK_KERNELS, STREAM_KERNELS, Tile, block_d, check_tile, lookup, resources
+from tiedfused.tiles import (
+    ARCHITECTURES,
+    BOTTLENECK_KERNELS,
+    CHUNK_KERNELS,
+    FEW_ROWS_KERNELS,
+    STREAM_KERNELS,
+    AnyTile,
+    LatentTile,
+    Tile,
+    block_d,
+    check_tile,
+    lookup,
+    resources,
+)
 
 pytestmark = pytest.mark.aot
 
@@ -43,7 +57,7 @@ def is_headline(kernel: str, itemsize: int, width: int) -> bool:
     return itemsize == 2 and width >= 64 and not (kernel == "weight_grad_atomic" and width == 512)
 
 
-def assert_fits(compiled: Compiled, kernel: str, tile: Tile, width: int, itemsize: int, capability: int) -> None:
+def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, width: int, itemsize: int, capability: int) -> None:
     modelled = resources(kernel, tile, width, itemsize, capability)
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
     assert compiled.shared_bytes <= 1.03 * modelled.shared_bytes
@@ -105,6 +119,95 @@ def test_chunk_kernel_of_odd_sizes_split_and_ieee(kernel: str) -> None:
     (compiled,) = compile_kernel(kernel, tile, 768, torch.float32, 90, precision="ieee")
     assert compiled.shared_bytes <= ARCHITECTURES[90].shared_bytes
     assert compiled.wgmma == 0
+
+
+# the bottleneck regime's last two products are kernels of the chunked regime
+LAUNCHERS = {"bottleneck_weight_grad": "chunk_weight_grad", "bottleneck_decode": "chunk_decode"}
+
+
+@pytest.mark.parametrize("kernel", BOTTLENECK_KERNELS)
+@pytest.mark.parametrize("capability", PACKAGED)
+@pytest.mark.parametrize("itemsize", DTYPES)
+@pytest.mark.parametrize("h", [64, 128, 256, 512])
+def test_bottleneck_kernel(kernel: str, capability: int, itemsize: int, h: int) -> None:
+    """At d = 784, which is no multiple of a tile."""
+    dtype = DTYPES[itemsize]
+    tile, source = lookup(kernel, h, str(dtype).removeprefix("torch."), capability)
+    assert source == f"configs/sm{capability}.json"
+    (compiled,) = compile_kernel(LAUNCHERS.get(kernel, kernel), tile, 784, dtype, capability, latents=h)
+    assert_fits(compiled, kernel, tile, 16, itemsize, capability)
+    assert compiled.stack_bytes == 0
+    assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
+    if itemsize == 2:
+        assert resources(kernel, tile, 16, 2, capability).shared_bytes <= 1.05 * compiled.shared_bytes
+        assert "async_copy_global_to_local" in compiled.ttgir, "operands are not pipelined"
+        if capability == 90:
+            assert compiled.wgmma > 0
+            assert compiled.mma == 0
+
+
+@pytest.mark.parametrize("kernel", [*BOTTLENECK_KERNELS, *CHUNK_KERNELS])
+def test_rows_of_a_multiple_of_8_are_copied_asynchronously(kernel: str) -> None:
+    """As of 17768 numbers: of multiples of 16 Triton knows by itself."""
+    tile, _ = lookup(kernel, 512, "bfloat16", 90)
+    (compiled,) = compile_kernel(LAUNCHERS.get(kernel, kernel), tile, 17768, torch.bfloat16, 90, latents=512)
+    modelled = resources(kernel, tile, 16, 2, 90).shared_bytes
+    assert 0.95 * modelled <= compiled.shared_bytes <= 1.03 * modelled, "not all operands are pipelined"
+    assert compiled.stack_bytes == 0
+
+
+@pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_latent", "bottleneck_latent_grad"])
+@pytest.mark.parametrize(("h", "d"), [(64, 784), (512, 333)])
+def test_bottleneck_of_few_rows_odd_sizes_split_and_ieee(kernel: str, h: int, d: int) -> None:
+    """The plan takes the packaged tile with fewer rows for small batches."""
+    for dtype, precision in ((torch.bfloat16, "tf32"), (torch.float32, "ieee")):
+        tile, _ = lookup(kernel, h, str(dtype).removeprefix("torch."), 90)
+        assert isinstance(tile, LatentTile)
+        tile = dataclasses.replace(tile, block_n=16)
+        split = 1 if kernel == "bottleneck_forward" else 3
+        first, *combine = compile_kernel(
+            kernel, tile, d, dtype, 90, rows=1001, latents=h - 3, bias=False, split=split, precision=precision
+        )
+        assert [launch.name for launch in combine] == ["combine_latent_kernel"] * (split > 1)
+        assert_fits(first, kernel, tile, 16, dtype.itemsize, 90)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    [
+        ("few_rows_16", 128),
+        ("few_rows_16", 512),
+        ("few_rows_16", 2048),
+        ("few_rows_32", 1024),
+        ("few_rows_64", 512),
+        ("few_rows_64", 1024),
+    ],
+)
+@pytest.mark.parametrize("capability", PACKAGED)
+def test_few_rows(kernel: str, capability: int, width: int) -> None:
+    tile, _ = lookup(kernel, width, "bfloat16", capability)
+    assert isinstance(tile, Tile)
+    assert tile.block_n * width <= 32768, "the accumulator is half of all registers at most"
+    (compiled,) = compile_kernel("forward", tile, width, torch.bfloat16, capability, rows=tile.block_n, latents=1 << 17)
+    assert_fits(compiled, kernel, tile, width, 2, capability)
+    assert compiled.stack_bytes == 0
+    if width < 2048 or capability != 80:  # at 2048 on an A100 two tiles of W do not fit
+        assert "async_copy_global_to_local" in compiled.ttgir, "W is not pipelined"
+    if tile.block_n < 64:
+        # each warp multiplies its own rows of W, instead of all of them with 16 rows of x
+        assert f"warpsPerCTA = [1, {tile.num_warps}]" in compiled.ttgir
+
+
+@pytest.mark.parametrize("kernel", [*BOTTLENECK_KERNELS, *FEW_ROWS_KERNELS])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lookup_of_small_sizes_fits_everywhere(kernel: str, capability: int, dtype: str) -> None:
+    for size in (1, 17, 100, 512):
+        tile, _ = lookup(kernel, size, dtype, capability)
+        check_tile(kernel, tile, block_d(size), {"bfloat16": 2, "float32": 4}[dtype], capability)
+        if kernel == "bottleneck_forward":
+            assert isinstance(tile, LatentTile)
+            assert tile.block_h >= size
 
 
 def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width: int) -> None:

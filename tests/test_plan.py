@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import torch
 import tiedfused
 from tiedfused import devices, settings
 from tiedfused.planning import Plan, plan
+from tiedfused.regimes import REGIMES
 from tiedfused.regimes.common import TorchTile
 from tiedfused.settings import MIB
-from tiedfused.tiles import ARCHITECTURES, GemmTile, Tile, block_d, check_tile
+from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
 
 BF16 = torch.bfloat16
 
@@ -46,7 +48,7 @@ def assert_fits(p: Plan) -> None:
     for part in p.parts:
         assert part.workspace_bytes <= settings.current().workspace_bytes, (p, part)
     for one in p.passes:
-        if isinstance(one.tile, Tile | GemmTile):
+        if isinstance(one.tile, AnyTile):
             check_tile(one.kernel, one.tile, block_d(p.d), p.dtype.itemsize, p.request.gpu)
 
 
@@ -119,7 +121,7 @@ def test_setting_the_regime(regime: str) -> None:
         p = plan(100, 64, 500, device="cuda")
         assert p.regime == regime
         others = {name for name, why in p.alternatives if why == f"TIEDFUSED_REGIME is {regime}"}
-        assert others == {"stream", "chunked"} - {regime}
+        assert others == set(REGIMES) - {regime, "tiled"}
 
 
 def test_the_fastest_is_taken_and_the_others_are_named() -> None:
@@ -133,6 +135,89 @@ def test_the_fastest_is_taken_and_the_others_are_named() -> None:
 def regime_plan(p: Plan, regime: str) -> Plan:
     with settings.override(regime=regime):
         return plan(p.n, p.d, p.h, dtype=p.dtype, device=p.device, grad=p.request.grad)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("shape", [(16384, 784, 64), (128, 17768, 512), (1000, 100_000, 200)])
+def test_a_small_latent_stays_on_chip(shape: tuple[int, int, int], capability: int) -> None:
+    p = plan(*shape, dtype=BF16, device="cuda", capability=capability, grad=False)
+    assert p.regime == "bottleneck"
+    assert_fits(p)
+    assert p.executed_flops == 4 * ndh(p)
+
+
+def test_bottleneck_counts() -> None:
+    n, d, h = 4096, 784, 64
+    with settings.override(regime="bottleneck"):
+        p = plan(n, d, h, dtype=BF16, device="cuda", recompute=True)
+        without_x = plan(n, d, h, dtype=BF16, device="cuda", recompute=True, grad_x=False)
+    assert [one.kernel for one in p.passes] == [
+        "bottleneck_forward",
+        "bottleneck_latent_grad",
+        "bottleneck_weight_grad",
+        "bottleneck_decode",
+    ]
+    fused, latent, weight, x = p.passes
+    assert [one.flops for one in p.passes] == [times * ndh(p) for times in (4, 4, 4, 2)]
+    assert without_x.passes == p.passes[:3]
+    assert not p.save_latent
+    # forward: x, W, y; nothing of size N·H
+    assert (fused.bytes_moved, fused.workspace_bytes) == (2 * (2 * n * d + h * d), 0)
+    # backward: ā and h are handed from pass to pass, and the parts of W̄ are summed up in fp32
+    assert latent.bytes_moved == 2 * (2 * n * d + h * d + 2 * n * h)
+    assert weight.split > 1
+    parts = 4 * weight.split * h * d
+    assert weight.bytes_moved == 2 * (2 * n * d + 2 * n * h + h * d) + 2 * parts
+    assert weight.workspace_bytes == 2 * 2 * n * h + parts
+    assert x.bytes_moved == 2 * (n * d + n * h + h * d)
+
+
+def test_a_small_batch_is_encoded_over_parts_of_d() -> None:
+    latent, decode = plan(128, 17768, 512, dtype=BF16, device="cuda", grad=False).passes
+    assert latent.split > 1
+    assert latent.workspace_bytes == 128 * 512 * (2 + 4 * latent.split)
+    assert latent.flops + decode.flops == 4 * 128 * 17768 * 512
+    one_launch = plan(1 << 14, 784, 64, dtype=BF16, device="cuda", grad=False)
+    assert [one.kernel for one in one_launch.passes] == ["bottleneck_forward"]
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 32])
+@pytest.mark.parametrize("d", [512, 768])
+def test_few_rows_read_the_weight_once(n: int, d: int) -> None:
+    with settings.override(regime="few_rows"):
+        p = plan(n, d, 65536, dtype=BF16, device="cuda", grad=False)
+    assert p.regime == "few_rows"
+    assert_fits(p)
+    (one,) = p.passes
+    assert isinstance(one.tile, Tile)
+    assert one.tile.block_n == max(16, n)
+    assert 100 < one.split <= 132
+    tiles_each = math.ceil(65536 / one.tile.block_h / one.split)
+    assert (one.split - 1) * tiles_each * one.tile.block_h < 65536, "a part without rows of W"
+    assert one.workspace_bytes == one.split * n * d * 4
+    assert one.bytes_moved == 2 * (2 * n * d + 65536 * d) + 2 * one.workspace_bytes
+
+
+def test_few_rows_of_a_large_weight_are_served_as_such() -> None:
+    for shape in ((1, 768, 24576), (16, 768, 24576), (4, 512, 65536), (16, 2048, 65536)):
+        assert plan(*shape, dtype=BF16, device="cuda", grad=False).regime == "few_rows", shape
+
+
+@pytest.mark.parametrize(
+    ("change", "regime", "why"),
+    [
+        ({"h": 513}, "bottleneck", "H 513 is above 512"),
+        ({"recompute": False}, "bottleneck", "its kernels recompute the latent"),
+        ({"n": 1 << 21}, "bottleneck", "bytes of workspace, above the limit"),
+        ({"n": 65}, "few_rows", "N 65 is above 64"),
+        ({"n": 3, "d": 2049}, "few_rows", "d 2049 is above 2048"),
+        ({"n": 3, "d": 2048, "dtype": torch.float32}, "few_rows", "bytes of shared memory"),
+        ({"n": 3}, "few_rows", "it has a forward only"),
+    ],
+)
+def test_why_not_a_regime_of_small_sizes(change: dict, regime: str, why: str) -> None:
+    p = plan(**{"n": 100, "d": 64, "h": 500, "dtype": BF16, "device": "cuda", "recompute": True, **change})
+    assert why in dict(p.alternatives)[regime]
 
 
 def test_wide_rows_run_as_chunks_of_the_latent() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MIB = 1 << 20
-REGIME_NAMES = ("stream", "chunked", "tiled")
+REGIME_NAMES = ("stream", "few_rows", "bottleneck", "chunked", "tiled")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,15 +10,28 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Iterator
 from importlib import resources as package_files
 
 STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
 CHUNK_KERNELS = ("chunk_encode", "chunk_latent", "chunk_decode", "chunk_weight_grad")
-KERNELS = STREAM_KERNELS + CHUNK_KERNELS
+# the stream regime's forward, with tiles for at most that many rows
+FEW_ROWS_KERNELS = ("few_rows_16", "few_rows_32", "few_rows_64")
+# of these, the latent's two are one kernel, for h alone and for h and ā; the last two are the chunked regime's
+BOTTLENECK_KERNELS = (
+    "bottleneck_forward",
+    "bottleneck_latent",
+    "bottleneck_latent_grad",
+    "bottleneck_weight_grad",
+    "bottleneck_decode",
+)
+KERNELS = STREAM_KERNELS + FEW_ROWS_KERNELS + CHUNK_KERNELS + BOTTLENECK_KERNELS
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_BLOCK_D = 512
+_MAX_BLOCK_D_FEW_ROWS = 2048
 _MIN_BLOCK = 16
+_MIN_BLOCK_LATENT = 64  # the rows of a wgmma or tcgen05 instruction
 _ADDRESSING_REGISTERS = 24
 _BARRIER_BYTES = 1024
 
@@ -57,6 +70,33 @@ class GemmTile:
     block_k: int
     num_warps: int
     num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentTile:
+    """Launch shape of a kernel of the bottleneck regime, past which d streams.
+
+    Args:
+        block_n: rows of x, and of ō, held at a time; a power of two, at least 16.
+        block_h: rows of W (latents) held at a time, likewise.
+        block_d: columns of both held at a time, likewise.
+        num_warps: warps of 32 threads in a block.
+        num_stages: depth of the pipeline of the operands.
+    """
+
+    block_n: int
+    block_h: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+AnyTile = Tile | GemmTile | LatentTile
+_TILES: dict[str, type[AnyTile]] = {
+    **dict.fromkeys(STREAM_KERNELS + FEW_ROWS_KERNELS, Tile),
+    **dict.fromkeys((*CHUNK_KERNELS, "bottleneck_weight_grad", "bottleneck_decode"), GemmTile),
+    **dict.fromkeys(("bottleneck_forward", "bottleneck_latent", "bottleneck_latent_grad"), LatentTile),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +142,11 @@ def block_d(d: int) -> int:
     return max(_MIN_BLOCK, 1 << (d - 1).bit_length())
 
 
+def block_h(h: int) -> int:
+    """The height, in latents, of the tile that holds all `h` of them: the next power of two, at least 64."""
+    return max(_MIN_BLOCK_LATENT, 1 << (h - 1).bit_length())
+
+
 def _rows(kernel: str, tile: Tile) -> int:
     """Rows of the accumulator, and of the first product."""
     return tile.block_h if kernel.startswith("weight_grad") else tile.block_n
@@ -116,7 +161,7 @@ def _tensor_core(capability: int, itemsize: int, rows: int) -> str:
     return "mma"
 
 
-def resources(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, capability: int) -> Resources:
+def resources(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capability: int) -> Resources:
     """What `kernel` needs with `tile`.
 
     Args:
@@ -128,9 +173,13 @@ def resources(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, c
     """
     if isinstance(tile, GemmTile):
         return _gemm_resources(kernel, tile, itemsize, capability)
+    if isinstance(tile, LatentTile):
+        return _latent_resources(kernel, tile, itemsize, capability)
     weight_stationary = kernel.startswith("weight_grad")
     atomic = kernel == "weight_grad_atomic"
     rows = _rows(kernel, tile)
+    if kernel in FEW_ROWS_KERNELS:
+        kernel = "forward"
     stationary, streamed = {
         "forward": (tile.block_n, tile.block_h),
         "input_grad": (2 * tile.block_n, tile.block_h),
@@ -181,6 +230,8 @@ def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int)
         "chunk_latent": (2 * m + n, 2),
         "chunk_decode": (m + n, 1),
         "chunk_weight_grad": (2 * (m + n), 1),
+        "bottleneck_decode": (m + n, 1),
+        "bottleneck_weight_grad": (2 * (m + n), 1),
     }[kernel]
     buffers = tile.num_stages if capability // 10 in (9, 10) else max(1, tile.num_stages - 1)
     shared = buffers * operands * k * itemsize
@@ -190,7 +241,26 @@ def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int)
     return Resources(shared_bytes=shared, registers_per_thread=registers)
 
 
-def check_tile(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, capability: int) -> None:
+def _latent_resources(kernel: str, tile: LatentTile, itemsize: int, capability: int) -> Resources:
+    """W and x (for ā, x and ō) are staged; `bottleneck_forward` then stages W again, beside h and a tile of y."""
+    n, h, d, threads = tile.block_n, tile.block_h, tile.block_d, 32 * tile.num_warps
+    streamed_rows = 2 * n if kernel == "bottleneck_latent_grad" else n
+
+    def buffers(rows: int) -> int:
+        unpipelined = itemsize == 2 and _tensor_core(capability, itemsize, rows) == "mma"
+        return max(1, tile.num_stages - unpipelined)
+
+    shared = buffers(h) * (h + streamed_rows) * d
+    accumulator = h * streamed_rows
+    if kernel == "bottleneck_forward":
+        shared = max(shared, h * n + buffers(n) * h * d + n * d)
+        accumulator = max(accumulator, n * d)
+    barrier = _BARRIER_BYTES if capability // 10 == 10 else 0
+    registers = math.ceil(_ADDRESSING_REGISTERS + accumulator / threads)
+    return Resources(shared_bytes=shared * itemsize + barrier, registers_per_thread=registers)
+
+
+def check_tile(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capability: int) -> None:
     """Refuse a tile that cannot run.
 
     Args:
@@ -217,13 +287,17 @@ def check_tile(kernel: str, tile: Tile | GemmTile, block_d: int, itemsize: int, 
             raise ValueError(f"{kernel}: {name} must be a power of two of at least {_MIN_BLOCK}, got {block}")
     if tile.num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"{kernel}: num_warps must be 1, 2, 4, 8 or 16, got {tile.num_warps}")
-    rows = tile.block_m if isinstance(tile, GemmTile) else _rows(kernel, tile)
+    if isinstance(tile, GemmTile):
+        rows = tile.block_m
+    else:
+        rows = tile.block_h if isinstance(tile, LatentTile) else _rows(kernel, tile)
     # unpipelined, the streamed tile is kept in two layouts, except where wgmma reads both from one
     fewest_stages = 1 if _tensor_core(capability, itemsize, rows) == "wgmma" else 2
     if tile.num_stages < fewest_stages:
         raise ValueError(f"{kernel}: num_stages must be at least {fewest_stages} for {tile} on sm_{capability}")
-    if isinstance(tile, Tile) and block_d > _MAX_BLOCK_D:
-        raise ValueError(f"{kernel}: rows of more than {_MAX_BLOCK_D} elements do not fit on chip, got {block_d}")
+    most = _MAX_BLOCK_D_FEW_ROWS if kernel in FEW_ROWS_KERNELS else _MAX_BLOCK_D
+    if isinstance(tile, Tile) and block_d > most:
+        raise ValueError(f"{kernel}: rows of more than {most} elements do not fit on chip, got {block_d}")
 
     limits = ARCHITECTURES[capability]
     needs = resources(kernel, tile, block_d, itemsize, capability)
@@ -250,23 +324,46 @@ def _packaged(capability: int) -> dict[str, dict[str, dict[str, list[int]]]] | N
     return tiles
 
 
-def _shrunk(tile: Tile | GemmTile) -> Tile | GemmTile | None:
-    """The next smaller tile: a shorter pipeline, then half of the larger block."""
+def _shrunk(kernel: str, tile: AnyTile) -> AnyTile | None:
+    """The next smaller tile: a shorter pipeline, then half of the larger block; what has to hold all latents does."""
     if tile.num_stages > 2:
         return dataclasses.replace(tile, num_stages=tile.num_stages - 1)
-    first, second = ("block_n", "block_h") if isinstance(tile, Tile) else ("block_m", "block_n")
-    larger = first if getattr(tile, first) >= getattr(tile, second) else second
+    sides = {Tile: ("block_n", "block_h"), GemmTile: ("block_m", "block_n"), LatentTile: ("block_n", "block_d")}
+    larger = max(sides[type(tile)], key=lambda side: getattr(tile, side))
+    if getattr(tile, larger) == _MIN_BLOCK:
+        if not kernel.startswith("bottleneck_latent"):
+            return None
+        larger = "block_h"
     size = getattr(tile, larger)
     return None if size == _MIN_BLOCK else dataclasses.replace(tile, **{larger: size // 2})
 
 
+def _guesses(kernel: str, width: int) -> Iterator[AnyTile]:
+    """Tiles to try, best first."""
+    if kernel in FEW_ROWS_KERNELS:
+        # bound by memory: as much of W as possible on its way
+        most = int(kernel.rpartition("_")[2])
+        for rows in (rows for rows in (64, 32, 16) if rows <= most):
+            yield from (Tile(rows, latents, 8, stages) for stages in (4, 3, 2) for latents in (64, 32, 16))
+        return
+    tile: AnyTile | None = Tile(64, 64, 8, 3)
+    if _TILES[kernel] is GemmTile:
+        tile = GemmTile(128, 64, 32, 8, 3)
+    elif _TILES[kernel] is LatentTile:
+        tile = LatentTile(64, width, 64, 8, 3)
+    while tile is not None:
+        yield tile
+        tile = _shrunk(kernel, tile)
+
+
 @functools.cache
-def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile | GemmTile, str]:
+def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile, str]:
     """The tile to launch `kernel` with.
 
     Args:
         kernel: one of `KERNELS`.
-        d: row width in elements, 1 to 512; the chunked regime's kernels have one tile for every d.
+        size: what the kernel holds whole: d, or H in the bottleneck regime; the chunked regime's kernels have one tile
+            for every size.
         dtype: of x and W: "bfloat16", "float16" or "float32".
         capability: compute capability, one of `ARCHITECTURES`.
 
@@ -279,22 +376,21 @@ def lookup(kernel: str, d: int, dtype: str, capability: int) -> tuple[Tile | Gem
     """
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
-    itemsize, width = _ITEMSIZE[dtype], block_d(d)
-    chunk = kernel in CHUNK_KERNELS
-    key = "any" if chunk else str(width)
+    itemsize = _ITEMSIZE[dtype]
+    width = block_h(size) if kernel in BOTTLENECK_KERNELS else block_d(size)
+    key = "any" if kernel in CHUNK_KERNELS else str(width)
     entry = (_packaged(capability) or {}).get(kernel, {}).get(str(itemsize), {}).get(key)
     if entry is not None:
-        packaged = GemmTile(*entry) if chunk else Tile(*entry)
+        packaged: AnyTile = _TILES[kernel](*entry)
         check_tile(kernel, packaged, width, itemsize, capability)
         return packaged, f"configs/sm{capability}.json"
 
-    tile: Tile | GemmTile = GemmTile(128, 64, 32, 8, 3) if chunk else Tile(64, 64, 8, 3)
-    while True:
+    refusal: ValueError | None = None
+    for tile in _guesses(kernel, width):
         try:
             check_tile(kernel, tile, width, itemsize, capability)
             return tile, "heuristic"
-        except ValueError:
-            smaller = _shrunk(tile)
-            if smaller is None:
-                raise
-            tile = smaller
+        except ValueError as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal

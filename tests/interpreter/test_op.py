@@ -139,8 +139,9 @@ def test_statistics(activation: str, dtype: torch.dtype) -> None:
     assert tiedfused.plan(40, 17, 70, stats=True).backend == "triton"
     p = problem(40, 17, 70, dtype, activation=activation)
     assert_matches(with_stats(activation=activation), p, activation=activation)
-    y, _ = with_stats(activation=activation)(*p.operands)
-    assert torch.equal(y, tied_encode_decode(*p.operands, activation=activation))
+    with settings.override(regime="stream"):  # some regimes give no statistics, and other last bits
+        y, _ = with_stats(activation=activation)(*p.operands)
+        assert torch.equal(y, tied_encode_decode(*p.operands, activation=activation))
 
 
 def test_statistics_with_atomics_and_one_penalty() -> None:

@@ -10,7 +10,7 @@ import torch
 from tiedfused import devices, settings
 from tiedfused.activations import HAS_TRITON, Activation
 from tiedfused.devices import Device
-from tiedfused.tiles import GemmTile, Tile
+from tiedfused.tiles import AnyTile
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
@@ -129,7 +129,7 @@ class Pass:
     """
 
     kernel: str
-    tile: Tile | GemmTile | TorchTile
+    tile: AnyTile | TorchTile
     tile_source: str
     split: int
     flops: int
@@ -201,6 +201,7 @@ def kernel_ms(
     flops: float,
     efficiency: float,
     memory_bytes: float,
+    cached_bytes: float = 0,
     exposed_seconds: float = 0,
     blocks: int = 0,
     launches: int = 1,
@@ -215,6 +216,7 @@ def kernel_ms(
         flops: executed.
         efficiency: the fraction of the peak that a kernel of the kind reaches.
         memory_bytes: streamed from and to memory while the kernel computes.
+        cached_bytes: of that kind through the L2 cache, where blocks read the same again and it counts.
         exposed_seconds: spent on traffic that nothing overlaps with.
         blocks: of the grid, where it is counted: the last, partly filled wave takes as long as a full one.
         launches: how many there are.
@@ -223,5 +225,8 @@ def kernel_ms(
     waves = blocks / r.multiprocessors
     idle = math.ceil(waves) / waves if blocks else 1.0
     arithmetic = flops / (device.rate(r.dtype, r.precision) * efficiency) * idle
-    overlapped = max(arithmetic, memory_bytes / device.bandwidth, launches * LAUNCH_SECONDS)
+    # a multiprocessor draws its share of what the cache delivers, and one without a block nothing
+    cached = device.cached_bandwidth(True) * (min(1.0, waves) if blocks else 1.0)
+    memory = max(memory_bytes / min(device.bandwidth, cached), cached_bytes / cached)
+    overlapped = max(arithmetic, memory, launches * LAUNCH_SECONDS)
     return 1e3 * (overlapped + exposed_seconds)

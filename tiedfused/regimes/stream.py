@@ -94,8 +94,8 @@ def _pass(r: Request, kernel: str) -> Pass:
         workspace, bytes_moved = workspace + sums, bytes_moved + 2 * sums
     flops = 2 * products * r.ndh
     efficiency = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
-    # the padding of d to whole tiles is work like any other
-    padded = tiles.block_d(r.d) / r.d
+    # the padding of d, and of a few rows, to whole tiles is work like any other
+    padded = (tiles.block_d(r.d) / r.d) * (blocks * fixed[1] / fixed[0])
     predicted = kernel_ms(
         r,
         flops=flops * padded,

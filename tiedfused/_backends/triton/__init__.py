@@ -7,11 +7,11 @@ import contextlib
 import torch
 from torch import Tensor
 
-from tiedfused._backends.triton import chunked, stream
+from tiedfused._backends.triton import bottleneck, chunked, stream
 from tiedfused.planning import Plan
 from tiedfused.reference import LatentStats
 
-_REGIMES = {"stream": stream, "chunked": chunked}
+_REGIMES = {"stream": stream, "few_rows": stream, "bottleneck": bottleneck, "chunked": chunked}
 
 
 def _device_of(t: Tensor) -> contextlib.AbstractContextManager[None]:
