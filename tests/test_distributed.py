@@ -12,18 +12,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from tiedfused import TiedLinear
+from tiedfused import LatentStats, TiedLinear, losses
 
 WORLD = 2
 
 
+class _Penalised(TiedLinear):
+    """With its statistics, which DDP and FSDP then see among the outputs."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, LatentStats]:  # type: ignore[override]
+        return super().forward(x, return_stats=True)
+
+
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), TiedLinear(12, 32, bias=True, activation="relu"))
+    return nn.Sequential(nn.Linear(8, 12), _Penalised(12, 32, bias=True, activation="relu"))
 
 
 def _gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    model(x).square().mean().backward()
+    y, stats = model(x)
+    (y.square().mean() + 0.1 * losses.l1(stats) + stats.mean.sum()).backward()
     return [p.grad for p in model.parameters()]
 
 

@@ -45,6 +45,7 @@ X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn
         ((X, W), {"output_activation": "x"}, ValueError, r"output_activation: unknown activation 'x'; expected one of"),
         ((X, W), {"activation": torch.relu}, TypeError, r"activation: expected the name of an activation, got builtin"),
         ((X, W), {"activation": ["relu"]}, TypeError, r"activation: expected the name of an activation, got list"),
+        ((X, W), {"return_stats": 2}, TypeError, r"return_stats: expected True or False, got 2"),
         ((X, W), {"recompute": "yes"}, TypeError, r"recompute: expected None, True or False, got 'yes'"),
     ],
 )

@@ -36,6 +36,26 @@ def test_memory_does_not_grow_with_the_latent() -> None:
     assert abs(other - one) <= MIB
 
 
+def penalised_step_memory(n: int, d: int, h: int, dtype: torch.dtype) -> int:
+    """Bytes above x, the weight and its gradient, of a step with an L1 penalty and a penalty on the means."""
+    x, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((n, d), (h, d)))
+
+    def step() -> None:
+        y, stats = tied_encode_decode(x.detach(), weight, recompute=True, return_stats=True)
+        loss = (y - x.detach()).float().square().mean() + stats.l1.mean() + stats.mean.square().sum()
+        torch.autograd.grad(loss, weight)
+
+    return peak_memory(step) - weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_penalties_does_not_grow_with_the_latent(dtype: torch.dtype) -> None:
+    one, other = (penalised_step_memory(2048, 16, h, dtype) for h in (2048, 16384))
+    # what is left are the statistics and gradients of single latents, and b̄_enc: a few numbers a latent
+    assert abs(other - one) <= (16384 - 2048) * 40
+    assert other < 16 * MIB < 2048 * 16384 * dtype.itemsize / 2
+
+
 def test_kept_latent_is_what_the_plan_says() -> None:
     kept, recomputed = (step_memory(2048, 16, 8192, torch.float32, recompute=r) for r in (False, True))
     assert kept - recomputed == pytest.approx(2048 * 8192 * 4, rel=0.1)
