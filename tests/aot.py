@@ -146,7 +146,7 @@ def compile_kernel(
             bias_dec,
             output_activation=get_activation(output_activation),
             stats=LatentStats(*per_row, *per_latent) if stats else None,
-            stats_tiles=rows // tile.block_n + 1,
+            rows_at_once=rows,
             **common,
         ),
         "input_grad": lambda: input_grad(x, x, weight, bias_enc, *penalties, **common),

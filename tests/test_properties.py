@@ -125,11 +125,10 @@ def test_order_of_atoms_does_not_matter(small_tiles: str, seed: int) -> None:
     capability=st.sampled_from([None, *tiedfused.tiles.ARCHITECTURES]),
     grad=st.booleans(),
     grad_x=st.booleans(),
+    stats=st.booleans(),
     regime=st.sampled_from(["auto", *tiedfused.settings.REGIME_NAMES]),
 )
-def test_every_problem_has_a_plan_that_fits(n, d, h, dtype, capability, grad, grad_x, regime) -> None:
-    device = "cpu" if capability is None else "cuda"
+def test_every_problem_has_a_plan_that_fits(n, d, h, dtype, capability, grad, grad_x, stats, regime) -> None:
+    options = {"dtype": dtype, "device": "cpu" if capability is None else "cuda", "capability": capability}
     with tiedfused.settings.override(regime=regime):
-        assert_fits(
-            tiedfused.plan(n, d, h, dtype=dtype, device=device, capability=capability, grad=grad, grad_x=grad_x)
-        )
+        assert_fits(tiedfused.plan(n, d, h, grad=grad, grad_x=grad_x, stats=stats, **options))

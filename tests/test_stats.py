@@ -425,16 +425,29 @@ def test_module(bias_mode: str) -> None:
     assert model.weight.grad is not None
 
 
-def test_error_names_the_argument() -> None:
-    with pytest.raises(TypeError, match="return_stats: expected True or False, got 'yes'"):
-        tied_encode_decode(torch.randn(3, 8), torch.randn(16, 8), return_stats="yes")
-
-
-def test_plan_says_it_and_counts_it() -> None:
-    without, with_stats = (tiedfused.plan(4096, 64, 4096, stats=s) for s in (False, True))
+@pytest.mark.parametrize("device, regime", [("cpu", "tiled"), ("cuda", "stream"), ("cuda", "chunked")])
+def test_plan_says_it_and_counts_it(device: str, regime: str) -> None:
+    with settings.override(regime=regime):
+        without, with_stats = (
+            tiedfused.plan(65536, 64, 4096, device=device, recompute=True, stats=s) for s in (False, True)
+        )
+    assert with_stats.regime == without.regime == regime
     assert with_stats.stats and "statistics" in str(with_stats) and "statistics" not in str(without)
-    assert with_stats.passes[0].tile == without.passes[0].tile
-    assert with_stats.workspace_bytes > without.workspace_bytes
+    assert [p.tile for p in with_stats.passes] == [p.tile for p in without.passes]
+    assert [p.split for p in with_stats.passes] == [p.split for p in without.passes]
+    more = with_stats.forward.workspace_bytes - without.forward.workspace_bytes
+    assert 0 < more < 16 * settings.MIB
+
+
+def test_sums_over_rows_share_the_workspace() -> None:
+    few, many = (tiedfused.plan(n, 64, 32768, dtype=torch.bfloat16, device="cuda", stats=True) for n in (2**16, 2**18))
+    assert few.regime == many.regime == "stream"
+    assert few.workspace_bytes == many.workspace_bytes
+    assert many.forward.chunk[0] < 2**18
+    with settings.override(workspace_bytes=100_000, regime="stream"):
+        refused = tiedfused.plan(2**16, 64, 32768, dtype=torch.bfloat16, device="cuda", stats=True)
+    assert "do not fit the workspace" in dict(refused.alternatives)["stream"]
+    assert refused.forward.regime == "tiled"
 
 
 def test_large_products_go_to_the_same_library() -> None:

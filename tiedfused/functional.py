@@ -92,7 +92,8 @@ def tied_encode_decode(
         recompute: True never stores anything of size N·H (low-memory mode: backward recomputes the latent), False keeps
             the latent for backward, None lets the plan choose the faster within ``TIEDFUSED_WORKSPACE_MIB``.
         return_stats: True also returns the latent's statistics, for a sparsity penalty (`tiedfused.losses`) and its
-            metrics (`tiedfused.metrics`), computed tile by tile while h is at hand. y is the same to the last bit.
+            metrics (`tiedfused.metrics`), computed tile by tile while h is at hand. y is the same to the
+            last bit where the same regime serves both.
 
     Returns:
         y ``[..., d]``, in x's dtype (under autocast, autocast's); with `return_stats`, y and a `LatentStats` of

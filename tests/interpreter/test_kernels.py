@@ -300,7 +300,7 @@ def test_statistics(rows: int, latents: int, split: int, activation: str, dtype:
     }
     operands = (case.x, case.weight, case.bias_enc, case.bias_dec)
     stats = zero_stats(case.x, case.weight)
-    y = forward(*operands, stats=stats, stats_tiles=2, **options)
+    y = forward(*operands, stats=stats, rows_at_once=2 * TILE.block_n, **options)
     assert torch.equal(y, forward(*operands, **options))
 
     def expected(to: torch.dtype) -> LatentStats:

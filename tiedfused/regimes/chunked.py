@@ -177,7 +177,7 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     sums = _sum_bytes(r, parts, rows, r.d, steps_h)
     workspace = sums + (0 if keep else chunk_bytes)
     if r.stats:  # each tile of the latent writes a sum and a count of its rows, and of its latents
-        tile, _ = _gemm_tile("chunk_latent", r.dtype_name, r.gpu)
+        tile, _ = _gemm_tile("chunk_encode", r.dtype_name, r.gpu)
         workspace += math.ceil(latents / tile.block_n) * rows * 8 + math.ceil(rows / tile.block_m) * latents * 6
 
     encode = _Traffic(r)

@@ -6,6 +6,7 @@ own. With atomics on x̄ one pass of 5 does all of the backward. Nothing of size
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from tiedfused import tiles
@@ -13,6 +14,7 @@ from tiedfused.regimes.common import Part, Pass, Request, kernel_ms, split, why_
 from tiedfused.tiles import Tile
 
 MAX_D = 512
+STATS_BYTES = 6  # of a latent and row tile
 # The fraction of the peak that each kernel is expected to reach where d is at least this: published rates of kernels
 # of the kind on an H100 (attention forward in Triton 0.48, its backward 0.40, both at d 128; d 512 0.40 and 0.24).
 # Not measured here.
@@ -20,11 +22,6 @@ EFFICIENCY = {
     "forward": ((385, 0.40), (64, 0.50), (32, 0.40), (1, 0.25)),
     "backward": ((385, 0.25), (193, 0.36), (64, 0.40), (32, 0.30), (1, 0.20)),
 }
-
-
-# Row tiles in a launch of the forward kernel that also sums over rows: about two a multiprocessor of an H100, 48 MiB of
-# partial sums for H 32768; not measured.
-STATS_TILES = 256
 
 
 def why_not(r: Request, keep: bool) -> str | None:
@@ -39,8 +36,26 @@ def why_not(r: Request, keep: bool) -> str | None:
 
 
 def forward(r: Request, keep: bool) -> Part | str:
-    """One kernel."""
-    return _part(r, keep, ("forward",))
+    """One kernel; for the latent's statistics launched on so many rows at a time."""
+    part = _part(r, keep, ("forward",))
+    if isinstance(part, str) or not r.stats:
+        return part
+    # A program sees the rows of its tile only: what is summed over all rows is written for every row tile, an fp32 sum
+    # and a 16-bit count of each latent, and added up after the launch: 6 bytes for 4 · BLOCK_N · d FLOPs. A pass of its
+    # own, with W stationary, would need no such sums, and execute half of the forward's FLOPs again. Two tiles for each
+    # multiprocessor fill the GPU; more in a launch would only take more memory.
+    one = part.passes[0]
+    assert isinstance(one.tile, Tile)
+    tiles_in_all, of_a_tile = math.ceil(r.n / one.tile.block_n), STATS_BYTES * r.h
+    at_once = min(tiles_in_all, 2 * r.multiprocessors, r.in_force.workspace_bytes // 2 // of_a_tile)
+    if at_once == 0:
+        return f"the statistics' sums of {r.h} latents for one tile of rows do not fit the workspace"
+    one = dataclasses.replace(
+        one,
+        workspace_bytes=one.workspace_bytes + at_once * of_a_tile,
+        bytes_moved=one.bytes_moved + 2 * tiles_in_all * of_a_tile,
+    )
+    return dataclasses.replace(part, passes=(one,), chunk=(min(r.n, at_once * one.tile.block_n), r.h))
 
 
 def backward(r: Request, keep: bool) -> Part | str:
@@ -86,9 +101,6 @@ def _pass(r: Request, kernel: str) -> Pass:
         fixed, streamed = streamed, fixed
     blocks = math.ceil(fixed[0] / fixed[1])
     parts = split(blocks, math.ceil(streamed[0] / streamed[1]), r.multiprocessors)
-    if r.stats and kernel == "forward":  # every row tile writes sums and counts of all latents: in fp32, in 16 bits
-        workspace += min(blocks, STATS_TILES) * r.h * 6
-        bytes_moved += 2 * blocks * r.h * 6
     if parts > 1:  # every part writes its [fixed, d] result in fp32, and they are combined
         sums = parts * fixed[0] * r.d * 4
         workspace, bytes_moved = workspace + sums, bytes_moved + 2 * sums

@@ -97,7 +97,7 @@ def forward(
     split: int,
     precision: str,
     stats: LatentStats | None = None,
-    stats_tiles: int = 1,
+    rows_at_once: int = 0,
 ) -> Tensor:
     """The reconstruction of `x`, and the statistics of its latent.
 
@@ -113,10 +113,7 @@ def forward(
         precision: "ieee" or "tf32", for fp32 inputs.
         stats: the statistics of the latent as it is decoded, rounded to the dtype of `x`, are added to it (see
             `tiedfused._backends`); or None.
-        stats_tiles: how many row tiles a launch has at most where there are statistics. A program sees its rows only,
-            so what is summed over all rows is written out for every row tile, [tiles, H], and added up after the launch
-            in order: 6 bytes for BLOCK_N · D · 4 FLOPs, where a pass of its own that keeps a tile of W and streams x
-            past it would repeat half of the forward's work. Several launches keep those sums from growing with N · H.
+        rows_at_once: how many a launch takes where there are statistics; a multiple of tile.block_n, or all.
 
     Returns:
         y [N, d], contiguous, in the dtype of `x`.
@@ -134,8 +131,8 @@ def forward(
     if stats is None:
         _launch(x, weight, bias_enc, bias_dec, y, None, **options)
         return y
-    for start in range(0, N, stats_tiles * tile.block_n):
-        rows = slice(start, min(start + stats_tiles * tile.block_n, N))
+    for start in range(0, N, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, N))
         n = rows.stop - rows.start
         parts = partial_stats(n, H, split, triton.cdiv(n, tile.block_n), x.device)
         _launch(x[rows], weight, bias_enc, bias_dec, y[rows], parts, **options)

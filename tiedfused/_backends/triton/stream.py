@@ -13,7 +13,6 @@ from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.planning import Plan
 from tiedfused.reference import LatentStats
 from tiedfused.regimes.common import Pass
-from tiedfused.regimes.stream import STATS_TILES
 
 
 def _options(one: Pass, plan: Plan) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def forward(
         bias_dec,
         output_activation=plan.output_activation,
         stats=stats,
-        stats_tiles=STATS_TILES,
+        rows_at_once=x.shape[0] if plan.forward.chunk is None else plan.forward.chunk[0],
         **_options(plan.forward.passes[0], plan),
     )
     return y, None
