@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run without it", allow_module_level=True)
 
-from aot import Compiled, compile_kernel, shared_copies
+from aot import DTYPES, Compiled, compile_kernel, key, shared_copies
 
-from tiedfused import tiles
 from tiedfused.activations import activation_names
 from tiedfused.tiles import (
     ARCHITECTURES,
@@ -23,66 +25,71 @@ from tiedfused.tiles import (
     STREAM_KERNELS,
     AnyTile,
     LatentTile,
+    Packaged,
     Tile,
     block_d,
     check_tile,
     lookup,
+    packaged,
     resources,
 )
 
 pytestmark = pytest.mark.aot
 
 PACKAGED = (80, 90, 100)
-WIDTHS = (16, 32, 64, 128, 256, 512)
+WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512)
 SMALL = Tile(block_n=32, block_h=64, num_warps=4, num_stages=2)
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-
-
-def packaged_entries() -> list[tuple[str, int, int, int]]:
-    entries = []
-    for capability in PACKAGED:
-        packaged = tiles._packaged(capability)
-        assert packaged is not None
-        entries += [
-            (kernel, capability, int(itemsize), int(width))
-            for kernel, by_itemsize in packaged.items()
-            if kernel in STREAM_KERNELS
-            for itemsize, by_width in by_itemsize.items()
-            for width in by_width
-        ]
-    return entries
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
 
 def is_headline(kernel: str, itemsize: int, width: int) -> bool:
-    return itemsize == 2 and width >= 64 and not (kernel == "weight_grad_atomic" and width == 512)
+    return itemsize == 2 and width >= 64 and not (kernel == "weight_grad_atomic" and width >= 384)
 
 
-def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, width: int, itemsize: int, capability: int) -> None:
-    modelled = resources(kernel, tile, width, itemsize, capability)
+def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, d: int, itemsize: int, capability: int) -> None:
+    modelled = resources(kernel, tile, block_d(d), itemsize, capability)
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
     assert compiled.shared_bytes <= 1.03 * modelled.shared_bytes
 
 
 @pytest.mark.parametrize(
-    ("kernel", "capability", "itemsize", "width"),
-    packaged_entries(),
-    ids=lambda value: str(value),
+    "entry",
+    [entry for entry in packaged() if entry.kernel in STREAM_KERNELS],
+    ids=lambda e: f"{e.kernel}-{e.capability}-{e.itemsize}-{e.width}",
 )
-def test_packaged_tile(kernel: str, capability: int, itemsize: int, width: int) -> None:
-    dtype = DTYPES[itemsize]
-    tile, source = lookup(kernel, width, str(dtype).removeprefix("torch."), capability)
-    assert source == f"configs/sm{capability}.json"
+def test_packaged_tile(entry: Packaged) -> None:
+    kernel, capability, itemsize, _, tile, candidate = entry
+    assert isinstance(tile, Tile)
+    width, dtype = int(entry.width), DTYPES[itemsize]
+    check_tile(kernel, tile, block_d(width), itemsize, capability)
+    if not candidate:
+        found = lookup(kernel, width, str(dtype).removeprefix("torch."), capability)
+        assert found == (tile, f"configs/sm{capability}.json")
     (compiled,) = compile_kernel(kernel, tile, width, dtype, capability)
     assert_fits(compiled, kernel, tile, width, itemsize, capability)
     assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
+    assert compiled.specialized == tile.warp_specialize
+    assert (compiled.tma > 0) == tile.warp_specialize
     if itemsize == 2:
-        assert resources(kernel, tile, width, itemsize, capability).shared_bytes <= 1.35 * compiled.shared_bytes
+        modelled = resources(kernel, tile, block_d(width), itemsize, capability)
+        assert modelled.shared_bytes <= 1.35 * compiled.shared_bytes
         assert_one_copy_of_weight(compiled, kernel, tile, width)
     if is_headline(kernel, itemsize, width):
         assert compiled.stack_bytes == 0
         if capability == 90:
             assert compiled.wgmma > 0
             assert compiled.mma == 0
+
+
+def test_page_lists_every_packaged_tile() -> None:
+    """Whoever changes a config or adds a kernel regenerates the page."""
+    sections = re.split(r"^## Compute capability ([\d.]+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    listed = [
+        (capability, " | ".join(row.split(" | ")[:7]).removeprefix("| "))
+        for capability, table in zip(sections[::2], sections[1::2], strict=True)
+        for row in table.strip().splitlines()[2:]
+    ]
+    assert listed == [(str(e.capability / 10), key(e)) for e in sorted(packaged(), key=lambda e: e.capability)]
 
 
 @pytest.mark.parametrize("kernel", CHUNK_KERNELS)
@@ -92,7 +99,7 @@ def test_chunk_kernel(kernel: str, capability: int, dtype: torch.dtype) -> None:
     tile, source = lookup(kernel, 768, str(dtype).removeprefix("torch."), capability)
     assert source == ("heuristic" if capability == 89 else f"configs/sm{capability}.json")
     (compiled,) = compile_kernel(kernel, tile, 768, dtype, capability)
-    modelled = resources(kernel, tile, 16, dtype.itemsize, capability)
+    modelled = resources(kernel, tile, block_d(768), dtype.itemsize, capability)
     assert compiled.shared_bytes <= min(ARCHITECTURES[capability].shared_bytes, 1.03 * modelled.shared_bytes)
     assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
     assert compiled.stack_bytes == 0
@@ -121,10 +128,6 @@ def test_chunk_kernel_of_odd_sizes_split_and_ieee(kernel: str) -> None:
     assert compiled.wgmma == 0
 
 
-# the bottleneck regime's last two products are kernels of the chunked regime
-LAUNCHERS = {"bottleneck_weight_grad": "chunk_weight_grad", "bottleneck_decode": "chunk_decode"}
-
-
 @pytest.mark.parametrize("kernel", BOTTLENECK_KERNELS)
 @pytest.mark.parametrize("capability", PACKAGED)
 @pytest.mark.parametrize("itemsize", DTYPES)
@@ -134,12 +137,12 @@ def test_bottleneck_kernel(kernel: str, capability: int, itemsize: int, h: int) 
     dtype = DTYPES[itemsize]
     tile, source = lookup(kernel, h, str(dtype).removeprefix("torch."), capability)
     assert source == f"configs/sm{capability}.json"
-    (compiled,) = compile_kernel(LAUNCHERS.get(kernel, kernel), tile, 784, dtype, capability, latents=h)
+    (compiled,) = compile_kernel(kernel, tile, 784, dtype, capability, latents=h)
     assert_fits(compiled, kernel, tile, 16, itemsize, capability)
     assert compiled.stack_bytes == 0
     assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
     if itemsize == 2:
-        assert resources(kernel, tile, 16, 2, capability).shared_bytes <= 1.05 * compiled.shared_bytes
+        assert resources(kernel, tile, block_d(16), 2, capability).shared_bytes <= 1.05 * compiled.shared_bytes
         assert "async_copy_global_to_local" in compiled.ttgir, "operands are not pipelined"
         if capability == 90:
             assert compiled.wgmma > 0
@@ -150,8 +153,8 @@ def test_bottleneck_kernel(kernel: str, capability: int, itemsize: int, h: int) 
 def test_rows_of_a_multiple_of_8_are_copied_asynchronously(kernel: str) -> None:
     """As of 17768 numbers: of multiples of 16 Triton knows by itself."""
     tile, _ = lookup(kernel, 512, "bfloat16", 90)
-    (compiled,) = compile_kernel(LAUNCHERS.get(kernel, kernel), tile, 17768, torch.bfloat16, 90, latents=512)
-    modelled = resources(kernel, tile, 16, 2, 90).shared_bytes
+    (compiled,) = compile_kernel(kernel, tile, 17768, torch.bfloat16, 90, latents=512)
+    modelled = resources(kernel, tile, block_d(16), 2, 90).shared_bytes
     assert 0.95 * modelled <= compiled.shared_bytes <= 1.03 * modelled, "not all operands are pipelined"
     assert compiled.stack_bytes == 0
 
@@ -177,6 +180,7 @@ def test_bottleneck_of_few_rows_odd_sizes_split_and_ieee(kernel: str, h: int, d:
     [
         ("few_rows_16", 128),
         ("few_rows_16", 512),
+        ("few_rows_16", 768),
         ("few_rows_16", 2048),
         ("few_rows_32", 1024),
         ("few_rows_64", 512),
@@ -211,15 +215,23 @@ def test_lookup_of_small_sizes_fits_everywhere(kernel: str, capability: int, dty
 
 
 def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width: int) -> None:
-    n, h = tile.block_n, tile.block_h
+    """Each tile of W is in shared memory once, besides what happens to be of the same shape."""
+    n, h, widths = tile.block_n, tile.block_h, block_d(width)
+    if tile.warp_specialize:  # each group of warps has 64 stationary rows of its own; the streamed rows are shared
+        streamed = {"forward": [h], "weight_grad": [n, n]}[kernel]
+        stationary = [128] if compiled.tcgen05 else [64, 64]
+        expected = Counter((rows, w) for rows in streamed + stationary for w in widths)
+        assert {shape: shared_copies(compiled.ttgir, *shape) for shape in expected} == expected
+        return
     others = {
-        "forward": [(n, width), (n, h)],
-        "input_grad": [(n, width), (n, width), (n, h)],
-        "weight_grad": [(2 * n, width), (h, 2 * n)],
-        "weight_grad_atomic": [(2 * n, width), (h, 2 * n), (h, n), (h, n)],
+        "forward": [*((n, w) for w in widths), (n, h)],
+        "input_grad": [*((n, w) for w in 2 * widths), (n, h)],
+        "weight_grad": [*((2 * n, w) for w in widths), (h, 2 * n)],
+        "weight_grad_atomic": [*((2 * n, w) for w in widths), (h, 2 * n), (h, n), (h, n)],
     }[kernel]
-    same_shape = sum(sorted(other) == sorted((h, width)) for other in others)
-    assert 1 <= shared_copies(compiled.ttgir, h, width) <= 1 + same_shape
+    for w in widths:
+        same_shape = sum(sorted(other) == sorted((h, w)) for other in others)
+        assert 1 <= shared_copies(compiled.ttgir, h, w) <= 1 + same_shape
 
 
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
@@ -300,12 +312,12 @@ def test_activation(kernel: str, activation: str) -> None:
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("d", [1, 17, *WIDTHS])
+@pytest.mark.parametrize("d", [1, 17, 33, 65, 96, 130, 160, 260, 288, 320, *WIDTHS])
 def test_lookup_fits_or_refuses(kernel: str, d: int, dtype: str, capability: int) -> None:
     itemsize = {"bfloat16": 2, "float32": 4}[dtype]
     smallest = resources(kernel, Tile(16, 16, 8, 2), block_d(d), itemsize, capability)
     if smallest.shared_bytes > ARCHITECTURES[capability].shared_bytes:
-        assert (block_d(d), itemsize) == (512, 4)
+        assert sum(block_d(d)) > 256 and itemsize == 4
         with pytest.raises(ValueError, match=rf"{kernel}: Tile\(.* bytes of shared memory"):
             lookup(kernel, d, dtype, capability)
     else:
@@ -323,9 +335,14 @@ def test_lookup_fits_or_refuses(kernel: str, d: int, dtype: str, capability: int
         ("forward", Tile(64, 64, 4, 1), 64, 80, "num_stages must be at least 2"),
         ("forward", Tile(64, 64, 4, 2), 1024, 90, "rows of more than 512 elements"),
         ("forward", Tile(128, 128, 8, 3), 256, 90, r"needs \d+ bytes of shared memory .* sm_90 has 232448"),
+        ("input_grad", Tile(128, 64, 4, 2, True), 64, 90, "no warp-specialised form"),
+        ("weight_grad", Tile(64, 128, 4, 2, True), 64, 100, "no warp-specialised form"),
+        ("forward", Tile(128, 64, 4, 2, True), 64, 80, "no warp-specialised form"),
+        ("forward", Tile(64, 64, 4, 2, True), 64, 90, "takes 4 warps and 128 rows"),
+        ("forward", Tile(128, 64, 8, 2, True), 64, 90, "takes 4 warps and 128 rows"),
         ("weight_grad", Tile(16, 128, 4, 2), 256, 90, r"needs at least \d+ registers .* sm_90 has 255"),
     ],
 )
 def test_refused_tile(kernel: str, tile: Tile, width: int, capability: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_tile(kernel, tile, width, 2, capability)
+        check_tile(kernel, tile, block_d(width), 2, capability)

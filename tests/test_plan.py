@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import tiedfused
-from tiedfused import devices, settings
+from tiedfused import devices, settings, tiles
 from tiedfused.planning import Plan, plan
 from tiedfused.regimes import REGIMES
-from tiedfused.regimes.common import TorchTile
+from tiedfused.regimes.common import Pass, TorchTile
 from tiedfused.settings import MIB
 from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
 
@@ -67,6 +68,40 @@ def test_x_without_gradient_is_not_given_one(regime: str) -> None:
     # x̄ by itself computes a and h̄ once more
     assert with_x.executed_flops == (18 if regime == "stream" else 14) * ndh(with_x)
     assert without.executed_flops == 12 * ndh(without)
+
+
+@pytest.mark.parametrize(("d", "padded"), [(384, 384), (320, 320), (96, 96), (130, 144), (100, 128), (200, 256)])
+def test_padding_counts_as_executed_work(d: int, padded: int) -> None:
+    with settings.override(regime="stream"):
+        p = plan(4096, d, 4096, dtype=BF16, device="cuda", recompute=True)
+    assert p.regime == "stream"
+    assert p.theoretical_flops == 12 * ndh(p)
+    assert p.executed_flops == 18 * 4096 * padded * 4096
+
+
+@pytest.fixture
+def specialized_forward(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> Iterator[None]:
+    """A packaged file whose forward tile is warp-specialised at every d."""
+    tile = [128, 64, 4, 2, True]
+    kernels = {**tiles._config(90)["tiles"], "forward": {"2": {"256": tile}}}
+    monkeypatch.setattr(tiles, "_config", lambda capability: {"tiles": kernels, "candidates": {}})
+    tiles.lookup.cache_clear()
+    yield
+    tiles.lookup.cache_clear()
+
+
+def test_warp_specialized_where_tma_can_read_the_rows(specialized_forward: None) -> None:
+    def forward(n: int, d: int, stats: bool = False) -> Pass:
+        with settings.override(regime="stream"):
+            return plan(n, d, 4096, dtype=BF16, device="cuda", stats=stats).forward.passes[0]
+
+    assert forward(1 << 17, 256).tile == Tile(128, 64, 4, 2, warp_specialize=True)
+    odd = forward(1 << 17, 250)
+    assert odd.tile == Tile(128, 64, 8, 2)
+    assert "not warp-specialised" in odd.tile_source
+    assert forward(256, 256).split > 1
+    assert forward(256, 256).tile == Tile(128, 64, 8, 2)
+    assert forward(1 << 17, 256, stats=True).tile == Tile(128, 64, 8, 2)
 
 
 def test_atomics_only_where_asked_for_and_allowed() -> None:
@@ -352,7 +387,7 @@ def test_every_size_has_a_plan_that_fits(device: str, dtype: torch.dtype) -> Non
 
 def test_tile_that_cannot_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"forward.*block_n=1024") as caught:
-        check_tile("forward", Tile(1024, 128, 4, 3), 512, 2, 90)
+        check_tile("forward", Tile(1024, 128, 4, 3), (512,), 2, 90)
     assert "\n" not in str(caught.value)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from importlib import resources as package_files
+from typing import Any, NamedTuple
 
 STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
 CHUNK_KERNELS = ("chunk_encode", "chunk_latent", "chunk_decode", "chunk_weight_grad")
@@ -34,6 +35,8 @@ _MIN_BLOCK = 16
 _MIN_BLOCK_LATENT = 64  # the rows of a wgmma or tcgen05 instruction
 _ADDRESSING_REGISTERS = 24
 _BARRIER_BYTES = 1024
+# kernel → compute capabilities of its warp-specialised form; for the others Triton 3.6 has none, or fails to compile it
+_WARP_SPECIALIZED = {"forward": (90, 100), "weight_grad": (90,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +48,20 @@ class Tile:
         block_h: rows of W (latents) held at a time; a power of two, at least 16.
         num_warps: warps of 32 threads in a block.
         num_stages: depth of the pipeline of the streamed operand; 1 is no pipeline.
+        warp_specialize: one group of warps copies through TMA while `num_warps` and as many again multiply.
     """
 
     block_n: int
     block_h: int
     num_warps: int
     num_stages: int
+    warp_specialize: bool = False
+
+    def plain(self) -> Tile:
+        """The same blocks without warp specialisation, and with as many warps that multiply."""
+        if not self.warp_specialize:
+            return self
+        return dataclasses.replace(self, num_warps=2 * self.num_warps, warp_specialize=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +148,20 @@ class Resources:
     registers_per_thread: int
 
 
-def block_d(d: int) -> int:
-    """The width, in elements, of the tile that holds rows of `d` elements: the next power of two, at least 16."""
-    return max(_MIN_BLOCK, 1 << (d - 1).bit_length())
+def block_d(d: int) -> tuple[int, ...]:
+    """The widths, in elements, of the tiles that hold rows of `d` elements side by side; powers of two, at least 16.
+
+    One tile, the next power of two, unless two hold the rows in less: then padding to one would add at least a third
+    to the work.
+
+    Example:
+        >>> block_d(128), block_d(200), block_d(384)
+        ((128,), (256,), (256, 128))
+    """
+    whole = max(_MIN_BLOCK, 1 << (d - 1).bit_length())
+    half = whole // 2
+    rest = max(_MIN_BLOCK, 1 << (d - half - 1).bit_length()) if d > half else half
+    return (half, rest) if half >= _MIN_BLOCK and half + rest < whole else (whole,)
 
 
 def block_h(h: int) -> int:
@@ -161,13 +183,13 @@ def _tensor_core(capability: int, itemsize: int, rows: int) -> str:
     return "mma"
 
 
-def resources(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capability: int) -> Resources:
+def resources(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: int, capability: int) -> Resources:
     """What `kernel` needs with `tile`.
 
     Args:
         kernel: one of `KERNELS`.
         tile: its tile.
-        block_d: padded row width in elements, see the function `block_d`.
+        block_d: widths of the tiles that hold a row, see the function `block_d`.
         itemsize: bytes of an element of x and W: 2 or 4. With 4 the larger of ieee and tf32 is returned.
         capability: compute capability, e.g. 90.
     """
@@ -175,6 +197,7 @@ def resources(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capabilit
         return _gemm_resources(kernel, tile, itemsize, capability)
     if isinstance(tile, LatentTile):
         return _latent_resources(kernel, tile, itemsize, capability)
+    consumers = tile.plain().num_warps
     weight_stationary = kernel.startswith("weight_grad")
     atomic = kernel == "weight_grad_atomic"
     rows = _rows(kernel, tile)
@@ -186,21 +209,29 @@ def resources(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capabilit
         "weight_grad": (tile.block_h, 2 * tile.block_n),
         "weight_grad_atomic": (tile.block_h, 2 * tile.block_n),
     }[kernel]
-    row_bytes = block_d * itemsize
+    width = sum(block_d)
+    row_bytes = width * itemsize
     latent = tile.block_n * tile.block_h
     latent_tiles = 2 if weight_stationary else 1
     tensor_core = _tensor_core(capability, itemsize, rows)
+    # of rows in two tiles tcgen05 keeps the first, whose product is waited for before the second's, a stage longer
+    longer = streamed * (width - block_d[-1]) * itemsize if tensor_core == "tcgen05" else 0
 
-    if itemsize == 4:
+    if tile.warp_specialize:  # the result leaves through shared memory
+        scratch = rows * max(block_d) * itemsize if tensor_core == "wgmma" else 0
+        shared = (stationary + tile.num_stages * streamed) * row_bytes + scratch + _BARRIER_BYTES
+    elif itemsize == 4:
         # tf32 reads the streamed tile in two layouts through registers, unpipelined; ieee stages the latent instead
         copies = tile.num_stages + 1 if tensor_core == "tcgen05" else 2
-        tf32 = ((2 if atomic else 1) * stationary + copies * streamed) * row_bytes
+        tf32 = ((2 if atomic else 1) * stationary + copies * streamed) * row_bytes + longer
         ieee = (stationary + streamed) * row_bytes + (latent_tiles + atomic) * latent * itemsize
         shared = max(tf32, ieee)
     else:
-        scratch = latent_tiles * latent * itemsize if tensor_core == "mma" and (rows < 128 or block_d > 128) else 0
+        scratch = latent_tiles * latent * itemsize if tensor_core == "mma" and (rows < 128 or width > 128) else 0
         if atomic:
-            scratch = max(scratch, latent * itemsize, tile.block_n * block_d * 4)
+            # ā is kept for the second tile of x̄ while the first leaves
+            kept, leaving = latent * itemsize, tile.block_n * max(block_d) * 4
+            scratch = max(scratch, kept + leaving if len(block_d) > 1 else max(kept, leaving))
             if _tensor_core(capability, itemsize, tile.block_n) != tensor_core:
                 scratch += stationary * row_bytes  # the product for x̄ reads W in another layout
         if tile.num_stages == 1:
@@ -208,11 +239,11 @@ def resources(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capabilit
         if tensor_core == "tcgen05":
             scratch += _BARRIER_BYTES
         buffers = {"mma": max(1, tile.num_stages - 1), "wgmma": tile.num_stages, "tcgen05": tile.num_stages + 1}
-        shared = (stationary + buffers[tensor_core] * streamed) * row_bytes + scratch
+        shared = (stationary + buffers[tensor_core] * streamed) * row_bytes + longer + scratch
 
-    accumulator = rows * block_d / (32 * tile.num_warps)
+    accumulator = rows * width / (32 * consumers)
     # warps beyond one for every 16 rows repeat the latent of others
-    latent_registers = latent / (32 * min(tile.num_warps, rows // 16)) * (1 if kernel == "forward" else 2)
+    latent_registers = latent / (32 * min(consumers, rows // 16)) * (1 if kernel == "forward" else 2)
     if tensor_core == "tcgen05":  # accumulates in tensor memory, and moves one operand at a time into registers
         live = max(accumulator, latent_registers)
     else:
@@ -260,33 +291,38 @@ def _latent_resources(kernel: str, tile: LatentTile, itemsize: int, capability: 
     return Resources(shared_bytes=shared * itemsize + barrier, registers_per_thread=registers)
 
 
-def check_tile(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capability: int) -> None:
+def check_tile(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: int, capability: int) -> None:
     """Refuse a tile that cannot run.
 
     Args:
         kernel: one of `KERNELS`.
         tile: the tile to check.
-        block_d: padded row width in elements.
+        block_d: widths of the tiles that hold a row.
         itemsize: bytes of an element of x and W: 2 or 4.
         capability: compute capability, one of `ARCHITECTURES`.
 
     Raises:
-        ValueError: the kernel or the architecture is unknown, a block is not a power of two of at least 16, or the tile
-            needs more shared memory or registers than there are.
+        ValueError: the kernel or the architecture is unknown, a block is not a power of two of at least 16, there is no
+            warp-specialised form, or the tile needs more shared memory or registers than there are.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: {kernel!r} is none of {', '.join(KERNELS)}")
     if capability not in ARCHITECTURES:
         known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
         raise ValueError(f"capability: sm_{capability} is none of {known}")
-    blocks = {name: size for name, size in vars(tile).items() if name.startswith("block_")}
+    blocks = [(name, size) for name, size in vars(tile).items() if name.startswith("block_")]
     if isinstance(tile, Tile):
-        blocks["block_d"] = block_d
-    for name, block in blocks.items():
+        blocks += [("block_d", width) for width in block_d]
+    for name, block in blocks:
         if block < _MIN_BLOCK or block & (block - 1):
             raise ValueError(f"{kernel}: {name} must be a power of two of at least {_MIN_BLOCK}, got {block}")
     if tile.num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"{kernel}: num_warps must be 1, 2, 4, 8 or 16, got {tile.num_warps}")
+    if isinstance(tile, Tile) and tile.warp_specialize:
+        if capability not in _WARP_SPECIALIZED.get(kernel, ()) or itemsize != 2:
+            raise ValueError(f"{kernel}: no warp-specialised form on sm_{capability} with itemsize={itemsize}")
+        if _rows(kernel, tile) < 128 or tile.num_warps != 4:
+            raise ValueError(f"{kernel}: warp specialisation takes 4 warps and 128 rows or more at a time, got {tile}")
     if isinstance(tile, GemmTile):
         rows = tile.block_m
     else:
@@ -295,33 +331,62 @@ def check_tile(kernel: str, tile: AnyTile, block_d: int, itemsize: int, capabili
     fewest_stages = 1 if _tensor_core(capability, itemsize, rows) == "wgmma" else 2
     if tile.num_stages < fewest_stages:
         raise ValueError(f"{kernel}: num_stages must be at least {fewest_stages} for {tile} on sm_{capability}")
+    width = sum(block_d)
     most = _MAX_BLOCK_D_FEW_ROWS if kernel in FEW_ROWS_KERNELS else _MAX_BLOCK_D
-    if isinstance(tile, Tile) and block_d > most:
-        raise ValueError(f"{kernel}: rows of more than {most} elements do not fit on chip, got {block_d}")
+    if isinstance(tile, Tile) and width > most:
+        raise ValueError(f"{kernel}: rows of more than {most} elements do not fit on chip, got {width}")
 
     limits = ARCHITECTURES[capability]
     needs = resources(kernel, tile, block_d, itemsize, capability)
     registers = min(limits.registers_per_thread, limits.registers_per_sm // (32 * tile.num_warps))
     if needs.shared_bytes > limits.shared_bytes:
         raise ValueError(
-            f"{kernel}: {tile} needs {needs.shared_bytes} bytes of shared memory at block_d={block_d}, "
+            f"{kernel}: {tile} needs {needs.shared_bytes} bytes of shared memory at block_d={width}, "
             f"itemsize={itemsize}; sm_{capability} has {limits.shared_bytes}"
         )
     if needs.registers_per_thread > registers:
         raise ValueError(
-            f"{kernel}: {tile} needs at least {needs.registers_per_thread} registers a thread at block_d={block_d}, "
+            f"{kernel}: {tile} needs at least {needs.registers_per_thread} registers a thread at block_d={width}, "
             f"itemsize={itemsize}; sm_{capability} has {registers}"
         )
 
 
 @functools.cache
-def _packaged(capability: int) -> dict[str, dict[str, dict[str, list[int]]]] | None:
-    """kernel → itemsize → block_d, or "any" → tile, of the architecture's file."""
+def _config(capability: int) -> dict[str, Any]:
+    """The architecture's file: "tiles" and "candidates", kernel → itemsize → width or "any" → a tile, or several."""
     file = package_files.files("tiedfused") / "configs" / f"sm{capability}.json"
     if not file.is_file():
-        return None
-    tiles: dict[str, dict[str, dict[str, list[int]]]] = json.loads(file.read_text())["tiles"]
-    return tiles
+        return {"tiles": {}, "candidates": {}}
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config
+
+
+class Packaged(NamedTuple):
+    """A tile of a packaged file, for a padded `width` of d, in the bottleneck regime of H, or for ``"any"``.
+
+    A `candidate` is not in use: it is for tuning to measure beside the tile that is.
+    """
+
+    kernel: str
+    capability: int
+    itemsize: int
+    width: str
+    tile: AnyTile
+    candidate: bool
+
+
+def packaged() -> list[Packaged]:
+    """Every tile of every packaged file."""
+    found = []
+    for capability in ARCHITECTURES:
+        for section in ("tiles", "candidates"):
+            for kernel, by_itemsize in _config(capability)[section].items():
+                for itemsize, by_width in by_itemsize.items():
+                    for width, entry in by_width.items():
+                        for fields in entry if section == "candidates" else [entry]:
+                            key = (kernel, capability, int(itemsize), width)
+                            found.append(Packaged(*key, _TILES[kernel](*fields), section == "candidates"))
+    return found
 
 
 def _shrunk(kernel: str, tile: AnyTile) -> AnyTile | None:
@@ -368,8 +433,8 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
         capability: compute capability, one of `ARCHITECTURES`.
 
     Returns:
-        The tile, and where it comes from: the architecture's packaged file, or a heuristic that starts from a large
-        tile and shrinks it until it fits.
+        The tile, and where it comes from: the architecture's packaged file, where an entry for wider rows, then named,
+        serves widths that have none; or a heuristic that starts from a large tile and shrinks it until it fits.
 
     Raises:
         ValueError: the dtype is another one, or no tile fits the architecture.
@@ -377,18 +442,23 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
     itemsize = _ITEMSIZE[dtype]
-    width = block_h(size) if kernel in BOTTLENECK_KERNELS else block_d(size)
-    key = "any" if kernel in CHUNK_KERNELS else str(width)
-    entry = (_packaged(capability) or {}).get(kernel, {}).get(str(itemsize), {}).get(key)
-    if entry is not None:
-        packaged: AnyTile = _TILES[kernel](*entry)
-        check_tile(kernel, packaged, width, itemsize, capability)
-        return packaged, f"configs/sm{capability}.json"
+    widths = (block_h(size),) if kernel in BOTTLENECK_KERNELS else block_d(size)
+    entries = _config(capability)["tiles"].get(kernel, {}).get(str(itemsize), {})
+    wanted = "any" if kernel in CHUNK_KERNELS else str(sum(widths))
+    # what fits wider rows fits these
+    key = wanted if wanted in entries else min((w for w in entries if int(w) > sum(widths)), key=int, default=None)
+    if key is not None:
+        tile = _TILES[kernel](*entries[key])
+        source = f"configs/sm{capability}.json" + f", block_d {key}" * (key != wanted)
+        if isinstance(tile, Tile) and tile.warp_specialize and size * itemsize % 16:
+            tile, source = tile.plain(), f"{source}, not warp-specialised: TMA reads rows of a multiple of 16 bytes"
+        check_tile(kernel, tile, widths, itemsize, capability)
+        return tile, source
 
     refusal: ValueError | None = None
-    for tile in _guesses(kernel, width):
+    for tile in _guesses(kernel, sum(widths)):
         try:
-            check_tile(kernel, tile, width, itemsize, capability)
+            check_tile(kernel, tile, widths, itemsize, capability)
             return tile, "heuristic"
         except ValueError as error:
             refusal = error

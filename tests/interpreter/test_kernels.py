@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 set before triton is imported", allow_module_level=True)
 
+import triton
+from triton.runtime import _allocation
+
 from tiedfused import LatentStats, reference
+from tiedfused._backends.triton.compat import describable, with_descriptor_memory
 from tiedfused._backends.triton.forward import forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import activation_names, get_activation
 from tiedfused.op import zero_stats
-from tiedfused.tiles import Tile
+from tiedfused.tiles import Tile, block_d
 
 pytestmark = pytest.mark.interpreter
 
@@ -136,6 +141,29 @@ def launch(case: Case, *, tile: Tile = TILE, split: int = 1, precision: str = "i
     }
 
 
+def aligned(d: int) -> int:
+    """`d`, or the next width whose 16-bit rows TMA can read."""
+    return d + -d % 8
+
+
+def launch_warp_specialized(case: Case) -> dict[str, Tensor]:
+    """The results of the kernels that have a warp-specialised form, from that form."""
+    options: dict[str, Any] = {"activation": get_activation(case.activation), "split": 1, "precision": "ieee"}
+    y = forward(
+        case.x,
+        case.weight,
+        case.bias_enc,
+        case.bias_dec,
+        output_activation=get_activation(case.output_activation),
+        tile=Tile(128, 32, 4, 2, warp_specialize=True),
+        **options,
+    )
+    grad_weight, grad_bias_enc = weight_grad(
+        case.grad_pre, case.x, case.weight, case.bias_enc, tile=Tile(32, 128, 4, 2, warp_specialize=True), **options
+    )
+    return {"y": y, "grad_weight": grad_weight, "grad_bias_enc": grad_bias_enc}
+
+
 def assert_close(case: Case, results: dict[str, Tensor]) -> None:
     """At most twice the error of plain PyTorch in the same dtype, plus one unit of rounding."""
     truth = definition(case, torch.float64)
@@ -158,7 +186,7 @@ def assert_tensor_close(name: str, result: Tensor, truth: Tensor, eager: Tensor,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "d", "latents"),
-    [(1, 1, 1), (33, 17, 100), (1, 100, 33), (100, 33, 1), (17, 100, 65), (48, 64, 96), (31, 130, 33)],
+    [(1, 1, 1), (33, 17, 100), (1, 100, 33), (100, 33, 1), (17, 100, 65), (48, 64, 96), (31, 130, 33), (17, 384, 40)],
 )
 def test_results(rows: int, d: int, latents: int, dtype: torch.dtype) -> None:
     case = make_case(rows, d, latents, dtype)
@@ -166,6 +194,70 @@ def test_results(rows: int, d: int, latents: int, dtype: torch.dtype) -> None:
     assert results["y"].dtype == results["grad_weight"].dtype == results["grad_x"].dtype == dtype
     assert results["grad_bias_enc"].dtype == torch.float32
     assert_close(case, results)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("d", [40, 96, 200, 320, 384])
+def test_rows_in_two_tiles(d: int, split: int) -> None:
+    """Rows as wide as two tiles side by side, and narrower; 200 fits one tile better."""
+    case = make_case(18, d, 36, torch.bfloat16)
+    assert len(block_d(d)) == (1 if d == 200 else 2)
+    assert_close(case, launch(case, split=split))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "d", "latents"), [(150, 64, 40), (33, 100, 150), (17, 384, 33), (1, 16, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_warp_specialized(rows: int, d: int, latents: int, bias: bool, dtype: torch.dtype) -> None:
+    case = make_case(rows, aligned(d), latents, dtype, bias_enc=bias, bias_dec=bias, output_activation="sigmoid")
+    assert describable(case.x, case.weight, case.grad_pre, case.bias_enc)
+    assert_close(case, launch_warp_specialized(case))
+
+
+def test_warp_specialized_repeats_bitwise() -> None:
+    case = make_case(70, 64, 150, torch.bfloat16)
+    first, again = launch_warp_specialized(case), launch_warp_specialized(case)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("what", ["x", "weight", "grad_pre", "bias_enc", "expanded"])
+def test_what_tma_cannot_read_is_not_warp_specialized(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(33, 64, 40, torch.bfloat16)
+    if what == "expanded":
+        case.grad_pre = case.grad_pre[:1].expand(33, 64)
+    else:
+        operand = getattr(case, what)
+        buffer = torch.zeros(operand.shape[0] + 1, *operand.shape[1:], dtype=operand.dtype).flatten()
+        moved = buffer[1 : 1 + operand.numel()].view(operand.shape)  # begins 2 bytes after a multiple of 16
+        setattr(case, what, moved.copy_(operand))
+    specialized = []
+    for name in ("forward", "weight_grad"):
+        module = sys.modules[f"tiedfused._backends.triton.{name}"]
+        monkeypatch.setattr(
+            module, "with_descriptor_memory", lambda launch, name=name: specialized.append(name) or launch
+        )
+    assert_close(case, launch_warp_specialized(case))
+    assert specialized == (["forward"] if what in ("grad_pre", "expanded") else [])
+
+
+def test_memory_of_descriptors_leaves_the_callers_allocator_alone() -> None:
+    seen = []
+
+    def launch(**arguments: int) -> None:
+        seen.append((arguments, _allocation._allocator.get()))
+
+    def mine(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError("not called")
+
+    triton.set_allocator(mine)
+    try:
+        with_descriptor_memory(launch)(a=1)
+        assert _allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(_allocation._NULL_ALLOCATOR)
+    ((arguments, allocator),) = seen
+    assert arguments == {"a": 1}
+    assert allocator not in (mine, _allocation._NULL_ALLOCATOR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -281,7 +373,7 @@ def test_masked_rows_do_not_leak_nan() -> None:
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize(("grad_l1", "grad_total"), [(True, False), (False, True), (True, True)])
 def test_penalties(grad_l1: bool, grad_total: bool, activation: str, dtype: torch.dtype) -> None:
-    case = make_case(33, 17, 70, dtype, activation=activation, grad_l1=grad_l1, grad_total=grad_total)
+    case = make_case(33, 40, 70, dtype, activation=activation, grad_l1=grad_l1, grad_total=grad_total)
     assert_close(case, launch(case, split=1 if grad_l1 and grad_total else 3))
 
 
@@ -290,7 +382,7 @@ def test_penalties(grad_l1: bool, grad_total: bool, activation: str, dtype: torc
 @pytest.mark.parametrize(("rows", "latents", "split"), [(1, 1, 1), (33, 100, 1), (70, 150, 3), (100, 33, 5)])
 def test_statistics(rows: int, latents: int, split: int, activation: str, dtype: torch.dtype) -> None:
     """softplus and the bias make rows and latents beyond the last one active, were they counted."""
-    case = make_case(rows, 17, latents, dtype, activation=activation)
+    case = make_case(rows, 40, latents, dtype, activation=activation)
     options: dict[str, Any] = {
         "activation": get_activation(activation),
         "output_activation": get_activation("identity"),

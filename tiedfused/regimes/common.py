@@ -122,7 +122,7 @@ class Pass:
         tile: its tile sizes.
         tile_source: where the tile comes from.
         split: into how many parts the summed dimension is split; parts are combined in a fixed order.
-        flops: executed, recomputation included.
+        flops: executed, recomputation included, and in the stream kernels the padding of d.
         bytes_moved: to and from memory: inputs and outputs once, and what is stored in between written and read once.
         workspace_bytes: what it allocates besides its results.
         predicted_ms: what the cost model expects.

@@ -59,11 +59,10 @@ def _pass(r: Request, bucket: str, tile: Tile, source: str, at_once: int) -> Pas
     parts = math.ceil(weight_tiles / each)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     sums = parts * r.n * r.d * 4 if parts > 1 else 0
-    flops = 4 * r.ndh
-    padded = (row_tiles * tile.block_n / r.n) * (tiles.block_d(r.d) / r.d)
+    flops = 4 * r.n * sum(tiles.block_d(r.d)) * r.h
     predicted = kernel_ms(
         r,
-        flops=flops * padded,
+        flops=flops * (row_tiles * tile.block_n / r.n),
         efficiency=EFFICIENCY,
         memory_bytes=2 * x + w,
         cached_bytes=row_tiles * w,  # the first row tile brings W to the cache for the others

@@ -101,16 +101,19 @@ def _pass(r: Request, kernel: str) -> Pass:
         fixed, streamed = streamed, fixed
     blocks = math.ceil(fixed[0] / fixed[1])
     parts = split(blocks, math.ceil(streamed[0] / streamed[1]), r.multiprocessors)
+    # shared memory through which specialised warps store has no room for fp32, and in their loop Triton 3.6 fails to
+    # compile the statistics' and penalties' loads and stores by pointer
+    if parts > 1 or r.stats:
+        tile = tile.plain()
     if parts > 1:  # every part writes its [fixed, d] result in fp32, and they are combined
         sums = parts * fixed[0] * r.d * 4
         workspace, bytes_moved = workspace + sums, bytes_moved + 2 * sums
-    flops = 2 * products * r.ndh
+    # the padding to whole tiles, here of d and below of a few rows, is work like any other
+    flops = 2 * products * r.n * sum(tiles.block_d(r.d)) * r.h
     efficiency = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
-    # the padding of d, and of a few rows, to whole tiles is work like any other
-    padded = (tiles.block_d(r.d) / r.d) * (blocks * fixed[1] / fixed[0])
     predicted = kernel_ms(
         r,
-        flops=flops * padded,
+        flops=flops * (blocks * fixed[1] / fixed[0]),
         efficiency=efficiency,
         memory_bytes=bytes_moved,
         blocks=blocks * parts,

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.reference import LatentStats
@@ -40,32 +42,46 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     part = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
-    mask_d = tl.full([BLOCK_D], True, tl.int1) if EVEN_D else offs_d < D
-    mask_nd = mask_n[:, None] & mask_d[None, :]
-    rows = offs_n.to(tl.int64)[:, None]
+    row = offs_n.to(tl.int64)
 
-    x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
-    y = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if WARP_SPECIALIZE:  # one warp group copies tiles of W through TMA while two others multiply
+        w_tiles = rows.describe(w_ptr, H, D, stride_w, BLOCK_H, BLOCK_D)
+        x_tiles = rows.describe(x_ptr, N, D, stride_x, BLOCK_N, BLOCK_D)
+        x = rows.load_described(x_tiles, n0, BLOCK_D)
+        if bias_enc_ptr is not None:
+            bias_enc_tiles = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,))
+    else:
+        x = rows.load(x_ptr + row * stride_x, mask_n, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    y = rows.zeros(BLOCK_N, BLOCK_D)
     if l1_ptr is not None:
         l1 = tl.zeros([BLOCK_N], tl.float32)
         l0 = tl.zeros([BLOCK_N], tl.int32)
         row_tile = tl.program_id(0).to(tl.int64)
 
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
-    for h0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, H), BLOCK_H):
+    end = tl.minimum((part + 1) * part_size, H)
+    for h0 in tl.range(part * part_size, end, BLOCK_H, warp_specialize=WARP_SPECIALIZE):
         mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H - h0
-        w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64)[:, None] * stride_w + offs_d[None, :]
-        w = tl.load(w_ptrs, mask=mask_h[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_H, BLOCK_D]
-        a = tl.dot(x, w.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+        if WARP_SPECIALIZE:
+            w = rows.load_described(w_tiles, h0, BLOCK_D)
+        else:
+            w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64) * stride_w
+            w = rows.load(w_ptrs, mask_h, D, EVEN_D, BLOCK_D)  # [BLOCK_H, BLOCK_D]
+        a = rows.dot_transposed(x, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         if bias_enc_ptr is not None:
-            a += tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        h = tl.where(mask_h[None, :], ACTIVATION(a), 0.0).to(w.dtype)
+            if WARP_SPECIALIZE:
+                bias_enc = bias_enc_tiles.load([h0])
+            else:
+                bias_enc = tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0)
+            a += bias_enc.to(tl.float32)[None, :]
+        h = tl.where(mask_h[None, :], ACTIVATION(a), 0.0).to(w_ptr.dtype.element_ty)
         if l1_ptr is not None:
             seen = tl.where(mask_n[:, None], h.to(tl.float32), 0.0)
             active = (seen != 0.0).to(tl.int32)
@@ -74,12 +90,16 @@ def forward_kernel(
             latents = row_tile * H + h0 + offs_h
             tl.store(total_ptr + latents, tl.sum(seen, 0), mask=mask_h)
             tl.store(fired_ptr + latents, tl.sum(active, 0).to(fired_ptr.dtype.element_ty), mask=mask_h)
-        y = tl.dot(h, w, y, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        y = rows.dot_add(h, w, y, PRECISION)  # [BLOCK_N, BLOCK_D]
 
-    if bias_dec_ptr is not None:
-        y += tl.load(bias_dec_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + (tl.cast(part, tl.int64) * N + rows) * D + offs_d[None, :]
-    tl.store(y_ptrs, OUTPUT_ACTIVATION(y).to(y_ptr.dtype.element_ty), mask=mask_nd)
+    y_ptrs = y_ptr + (tl.cast(part, tl.int64) * N + row) * D
+    for i in tl.static_range(len(BLOCK_D)):
+        offs_d, mask_d = rows.columns(i, D, EVEN_D, BLOCK_D)
+        out = y[i]
+        if bias_dec_ptr is not None:
+            out += tl.load(bias_dec_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        out = OUTPUT_ACTIVATION(out).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptrs[:, None] + offs_d[None, :], out, mask=mask_n[:, None] & mask_d[None, :])
     if l1_ptr is not None:
         tl.store(l1_ptr + tl.cast(part, tl.int64) * N + offs_n, l1, mask=mask_n)
         tl.store(l0_ptr + tl.cast(part, tl.int64) * N + offs_n, l0, mask=mask_n)
@@ -108,7 +128,7 @@ def forward(
         bias_dec: [d], any floating dtype, or None.
         activation: f, an entry with a Triton pair.
         output_activation: g, an entry with a Triton pair; applied in fp32.
-        tile: rows of x and of W a program holds at a time.
+        tile: rows of x and of W a program holds at a time; warp-specialised only if TMA can read the operands.
         split: into how many parts H is divided; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
         stats: the statistics of the latent as it is decoded, rounded to the dtype of `x`, are added to it (see
@@ -132,11 +152,11 @@ def forward(
         _launch(x, weight, bias_enc, bias_dec, y, None, **options)
         return y
     for start in range(0, N, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, N))
-        n = rows.stop - rows.start
+        taken = slice(start, min(start + rows_at_once, N))
+        n = taken.stop - taken.start
         parts = partial_stats(n, H, split, triton.cdiv(n, tile.block_n), x.device)
-        _launch(x[rows], weight, bias_enc, bias_dec, y[rows], parts, **options)
-        add_partial_stats(parts, stats, rows, slice(0, H))
+        _launch(x[taken], weight, bias_enc, bias_dec, y[taken], parts, **options)
+        add_partial_stats(parts, stats, taken, slice(0, H))
     return y
 
 
@@ -161,8 +181,13 @@ def _launch(
     N, D = x.shape
     H = weight.shape[0]
     partial = y if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
-    padded_d = block_d(D)
-    forward_kernel[(triton.cdiv(N, tile.block_n), split)](
+    widths = block_d(D)
+    if tile.warp_specialize and not describable(x, weight, bias_enc):
+        tile = tile.plain()
+    launch = forward_kernel[(triton.cdiv(N, tile.block_n), split)]
+    if tile.warp_specialize:
+        launch = with_descriptor_memory(launch)
+    launch(
         x_ptr=x,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
@@ -181,10 +206,11 @@ def _launch(
         OUTPUT_ACTIVATION=epilogue.triton[0],
         PRECISION=precision,
         EVEN_H=H % tile.block_h == 0,
-        EVEN_D=padded_d == D,
+        EVEN_D=sum(widths) == D,
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
-        BLOCK_D=padded_d,
+        BLOCK_D=widths,
+        WARP_SPECIALIZE=tile.warp_specialize,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

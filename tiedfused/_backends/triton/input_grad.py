@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.combine import combine
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -39,27 +40,24 @@ def input_grad_kernel(
     part = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
-    mask_d = tl.full([BLOCK_D], True, tl.int1) if EVEN_D else offs_d < D
-    mask_nd = mask_n[:, None] & mask_d[None, :]
-    rows = offs_n.to(tl.int64)[:, None]
+    row = offs_n.to(tl.int64)
 
-    x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
-    grad_pre = tl.load(grad_pre_ptr + rows * stride_grad_pre + offs_d[None, :], mask=mask_nd, other=0.0)
+    x = rows.load(x_ptr + row * stride_x, mask_n, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    grad_pre = rows.load(grad_pre_ptr + row * stride_grad_pre, mask_n, D, EVEN_D, BLOCK_D)
     if grad_l1_ptr is not None:
         grad_l1 = tl.load(grad_l1_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    grad_x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_x = rows.zeros(BLOCK_N, BLOCK_D)
 
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
     for h0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, H), BLOCK_H):
         mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H - h0
-        w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64)[:, None] * stride_w + offs_d[None, :]
-        w = tl.load(w_ptrs, mask=mask_h[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_H, BLOCK_D]
-        a = tl.dot(x, w.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+        w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64) * stride_w
+        w = rows.load(w_ptrs, mask_h, D, EVEN_D, BLOCK_D)  # [BLOCK_H, BLOCK_D]
+        a = rows.dot_transposed(x, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         if bias_enc_ptr is not None:
             a += tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        grad_h = tl.dot(grad_pre, w.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+        grad_h = rows.dot_transposed(grad_pre, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         h = ACTIVATION(a)
         slope = DERIVATIVE(a, h)
         # penalties after the product with f′: before it, sm_100 takes one more buffer of W, which does not fit at d 512
@@ -69,10 +67,10 @@ def input_grad_kernel(
         if grad_total_ptr is not None:
             grad_a += tl.load(grad_total_ptr + h0 + offs_h, mask=mask_h, other=0.0)[None, :] * slope
         grad_a = tl.where(mask_h[None, :], grad_a, 0.0)
-        grad_x = tl.dot(grad_a.to(w.dtype), w, grad_x, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        grad_x = rows.dot_add(grad_a.to(w_ptr.dtype.element_ty), w, grad_x, PRECISION)  # [BLOCK_N, BLOCK_D]
 
-    grad_x_ptrs = grad_x_ptr + (tl.cast(part, tl.int64) * N + rows) * D + offs_d[None, :]
-    tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_nd)
+    grad_x_ptrs = grad_x_ptr + (tl.cast(part, tl.int64) * N + row) * D
+    rows.store(grad_x_ptrs, grad_x, mask_n, D, EVEN_D, BLOCK_D)
 
 
 def input_grad(
@@ -110,7 +108,7 @@ def input_grad(
     H = weight.shape[0]
     grad_x = torch.empty((N, D), dtype=x.dtype, device=x.device)
     partial = grad_x if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
-    padded_d = block_d(D)
+    widths = block_d(D)
     input_grad_kernel[(triton.cdiv(N, tile.block_n), split)](
         grad_pre_ptr=grad_pre,
         x_ptr=x,
@@ -129,10 +127,10 @@ def input_grad(
         DERIVATIVE=activation.triton[1],
         PRECISION=precision,
         EVEN_H=H % tile.block_h == 0,
-        EVEN_D=padded_d == D,
+        EVEN_D=sum(widths) == D,
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
-        BLOCK_D=padded_d,
+        BLOCK_D=widths,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

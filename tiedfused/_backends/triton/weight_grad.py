@@ -2,7 +2,8 @@
 
 A program keeps a tile of W and streams x and ō past it. Their rows are interleaved (x₀, ō₀, x₁, ō₁, …) in one tile
 [x; ō], so that each step is two products instead of four: ``W [x; ō]ᵀ`` holds a and h̄ side by side in the same thread,
-and ``[ā h] [x; ō]`` is the sum of both terms of W̄.
+and ``[ā h] [x; ō]`` is the sum of both terms of W̄. The warp-specialised form keeps x and ō apart and takes four
+products: TMA has no interleaved copy, and Triton 3.6 does not specialise the split of a and h̄.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
 
@@ -43,23 +46,29 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     h0 = tl.program_id(0) * BLOCK_H
     part = tl.program_id(1)
     offs_n = tl.arange(0, BLOCK_N)
     offs_h = h0 + tl.arange(0, BLOCK_H)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H
-    mask_d = tl.full([BLOCK_D], True, tl.int1) if EVEN_D else offs_d < D
-    mask_hd = mask_h[:, None] & mask_d[None, :]
-    latents = offs_h.to(tl.int64)[:, None]
+    latents = offs_h.to(tl.int64)
 
-    w = tl.load(w_ptr + latents * stride_w + offs_d[None, :], mask=mask_hd, other=0.0)  # [BLOCK_H, BLOCK_D]
-    if bias_enc_ptr is not None:
-        bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+    if WARP_SPECIALIZE:  # one warp group copies tiles of x and ō through TMA while two others multiply
+        w_tiles = rows.describe(w_ptr, H, D, stride_w, BLOCK_H, BLOCK_D)
+        x_tiles = rows.describe(x_ptr, N, D, stride_x, BLOCK_N, BLOCK_D)
+        grad_pre_tiles = rows.describe(grad_pre_ptr, N, D, stride_grad_pre, BLOCK_N, BLOCK_D)
+        w = rows.load_described(w_tiles, h0, BLOCK_D)  # [BLOCK_H, BLOCK_D]
+        if bias_enc_ptr is not None:
+            bias_enc = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,)).load([h0]).to(tl.float32)
+    else:
+        w = rows.load(w_ptr + latents * stride_w, mask_h, D, EVEN_D, BLOCK_D)
+        if bias_enc_ptr is not None:
+            bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     if grad_total_ptr is not None:
         grad_total = tl.load(grad_total_ptr + offs_h, mask=mask_h, other=0.0)[:, None]
-    grad_w = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    grad_w = rows.zeros(BLOCK_H, BLOCK_D)
     grad_bias_enc = tl.zeros([BLOCK_H], tl.float32)
 
     pair = tl.arange(0, 2 * BLOCK_N)
@@ -68,18 +77,21 @@ def weight_grad_kernel(
     pair_ptr = tl.where(is_x, x_ptr, grad_pre_ptr)
     pair_stride = tl.where(is_x, stride_x, stride_grad_pre).to(tl.int64)
     part_size = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    for n0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, N), BLOCK_N):
+    end = tl.minimum((part + 1) * part_size, N)
+    for n0 in tl.range(part * part_size, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         mask_n = tl.full([BLOCK_N], True, tl.int1) if EVEN_N else offs_n < N - n0
         mask_pair = tl.full([2 * BLOCK_N], True, tl.int1) if EVEN_N else pair_n < N - n0
         mask_hn = mask_h[:, None] & mask_n[None, :]
-        x_grad_pre_ptrs = (pair_ptr + (n0 + pair_n) * pair_stride)[:, None] + offs_d[None, :]
-        x_grad_pre = tl.load(
-            x_grad_pre_ptrs,
-            mask=mask_pair[:, None] & mask_d[None, :],
-            other=0.0,
-        )  # [2 * BLOCK_N, BLOCK_D]
-        a_grad_h = tl.dot(w, x_grad_pre.T, input_precision=PRECISION)  # [BLOCK_H, 2 * BLOCK_N]
-        a, grad_h = tl.split(tl.reshape(a_grad_h, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
+        if WARP_SPECIALIZE:
+            x = rows.load_described(x_tiles, n0, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            grad_pre = rows.load_described(grad_pre_tiles, n0, BLOCK_D)
+            a = rows.dot_transposed(w, x, PRECISION)  # [BLOCK_H, BLOCK_N]
+            grad_h = rows.dot_transposed(w, grad_pre, PRECISION)
+        else:
+            x_grad_pre_ptrs = pair_ptr + (n0 + pair_n) * pair_stride
+            x_grad_pre = rows.load(x_grad_pre_ptrs, mask_pair, D, EVEN_D, BLOCK_D)  # [2 * BLOCK_N, BLOCK_D]
+            a_grad_h = rows.dot_transposed(w, x_grad_pre, PRECISION)  # [BLOCK_H, 2 * BLOCK_N]
+            a, grad_h = tl.split(tl.reshape(a_grad_h, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
         if bias_enc_ptr is not None:
             a += bias_enc[:, None]
         h = ACTIVATION(a)
@@ -91,16 +103,23 @@ def weight_grad_kernel(
         grad_a = tl.where(mask_hn, grad_h * DERIVATIVE(a, h), 0.0)
         h = tl.where(mask_hn, h, 0.0)
         grad_bias_enc += tl.sum(grad_a, 1)
-        grad_a_h = tl.reshape(tl.join(grad_a, h), [BLOCK_H, 2 * BLOCK_N]).to(w.dtype)
-        grad_w = tl.dot(grad_a_h, x_grad_pre, grad_w, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
+        if WARP_SPECIALIZE:
+            grad_w = rows.dot_add(h.to(w_ptr.dtype.element_ty), grad_pre, grad_w, PRECISION)  # [BLOCK_H, BLOCK_D]
+            grad_w = rows.dot_add(grad_a.to(w_ptr.dtype.element_ty), x, grad_w, PRECISION)
+        else:
+            grad_a_h = tl.reshape(tl.join(grad_a, h), [BLOCK_H, 2 * BLOCK_N]).to(w_ptr.dtype.element_ty)
+            grad_w = rows.dot_add(grad_a_h, x_grad_pre, grad_w, PRECISION)  # [BLOCK_H, BLOCK_D]
         if grad_x_ptr is not None:
-            grad_x = tl.dot(grad_a.to(w.dtype).T, w, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-            grad_x_ptrs = grad_x_ptr + (n0 + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
-            tl.atomic_add(grad_x_ptrs, grad_x, mask=mask_n[:, None] & mask_d[None, :], sem="relaxed")
+            grad_a_t = grad_a.to(w_ptr.dtype.element_ty).T
+            grad_x_ptrs = grad_x_ptr + (n0 + offs_n).to(tl.int64) * D
+            for i in tl.static_range(len(BLOCK_D)):
+                offs_d, mask_d = rows.columns(i, D, EVEN_D, BLOCK_D)
+                grad_x = tl.dot(grad_a_t, w[i], input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+                mask_nd = mask_n[:, None] & mask_d[None, :]
+                tl.atomic_add(grad_x_ptrs[:, None] + offs_d[None, :], grad_x, mask=mask_nd, sem="relaxed")
 
     part_latents = tl.cast(part, tl.int64) * H + latents
-    grad_w_ptrs = grad_w_ptr + part_latents * D + offs_d[None, :]
-    tl.store(grad_w_ptrs, grad_w.to(grad_w_ptr.dtype.element_ty), mask=mask_hd)
+    rows.store(grad_w_ptr + part_latents * D, grad_w, mask_h, D, EVEN_D, BLOCK_D)
     tl.store(grad_bias_enc_ptr + tl.cast(part, tl.int64) * H + offs_h, grad_bias_enc, mask=mask_h)
 
 
@@ -128,7 +147,7 @@ def weight_grad(
         grad_l1: [N] fp32, contiguous, or None: times the latent's sign, added to h̄.
         grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
-        tile: rows of W and of x a program holds at a time.
+        tile: rows of W and of x a program holds at a time; warp-specialised only if TMA can read the operands.
         split: into how many parts N is divided; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
         grad_x: [N, d] fp32, contiguous, zeroed: the same pass then adds x̄ to it with atomics, in no fixed order.
@@ -146,8 +165,13 @@ def weight_grad(
     else:
         partial_w = torch.empty((split, H, D), dtype=torch.float32, device=x.device)
         partial_bias_enc = torch.empty((split, H), dtype=torch.float32, device=x.device)
-    padded_d = block_d(D)
-    weight_grad_kernel[(triton.cdiv(H, tile.block_h), split)](
+    widths = block_d(D)
+    if tile.warp_specialize and not describable(grad_pre, x, weight, bias_enc):
+        tile = tile.plain()
+    launch = weight_grad_kernel[(triton.cdiv(H, tile.block_h), split)]
+    if tile.warp_specialize:
+        launch = with_descriptor_memory(launch)
+    launch(
         grad_pre_ptr=grad_pre,
         x_ptr=x,
         w_ptr=weight,
@@ -168,10 +192,11 @@ def weight_grad(
         PRECISION=precision,
         EVEN_N=N % tile.block_n == 0,
         EVEN_H=H % tile.block_h == 0,
-        EVEN_D=padded_d == D,
+        EVEN_D=sum(widths) == D,
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
-        BLOCK_D=padded_d,
+        BLOCK_D=widths,
+        WARP_SPECIALIZE=tile.warp_specialize,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

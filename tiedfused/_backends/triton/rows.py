@@ -1,0 +1,94 @@
+"""Rows of D elements on chip: tiles side by side, a tuple of them, whose widths BLOCK_D are powers of two."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tiedfused._backends.triton.compat import make_descriptor
+
+
+@triton.constexpr_function
+def first_column(i, BLOCK_D):
+    """The column at which tile `i` begins."""
+    return sum(BLOCK_D[:i])
+
+
+@triton.constexpr_function
+def width(i, BLOCK_D):
+    """The number of columns of tile `i`."""
+    return BLOCK_D[i]
+
+
+@triton.jit
+def columns(i: tl.constexpr, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns of tile `i`, and which of them exist: only in the last tile may some not."""
+    offs = first_column(i, BLOCK_D) + tl.arange(0, width(i, BLOCK_D))
+    if EVEN_D or i + 1 < len(BLOCK_D):
+        return offs, tl.full([width(i, BLOCK_D)], True, tl.int1)
+    return offs, offs < D
+
+
+@triton.jit
+def load(ptrs, mask, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows that begin at `ptrs` [R], zeros where `mask` [R] or the column says there is nothing."""
+    tiles = ()
+    for i in tl.static_range(len(BLOCK_D)):
+        offs_d, mask_d = columns(i, D, EVEN_D, BLOCK_D)
+        tile = tl.load(ptrs[:, None] + offs_d[None, :], mask=mask[:, None] & mask_d[None, :], other=0.0)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def describe(ptr, R, D, stride, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Descriptors of the tiles of BLOCK_R rows of the matrix [R, D] at `ptr`."""
+    descriptors = ()
+    for i in tl.static_range(len(BLOCK_D)):
+        descriptors = descriptors + (make_descriptor(ptr, (R, D), (stride, 1), (BLOCK_R, width(i, BLOCK_D))),)
+    return descriptors
+
+
+@triton.jit
+def load_described(descriptors, row, BLOCK_D: tl.constexpr):
+    """The rows from `row` on, zeros beyond the last one."""
+    tiles = ()
+    for i in tl.static_range(len(BLOCK_D)):
+        tiles = tiles + (descriptors[i].load([row, first_column(i, BLOCK_D)]),)
+    return tiles
+
+
+@triton.jit
+def store(ptrs, tiles, mask, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write rows to where they begin, `ptrs` [R], in the dtype that is there."""
+    for i in tl.static_range(len(BLOCK_D)):
+        offs_d, mask_d = columns(i, D, EVEN_D, BLOCK_D)
+        tile = tiles[i].to(ptrs.dtype.element_ty)
+        tl.store(ptrs[:, None] + offs_d[None, :], tile, mask=mask[:, None] & mask_d[None, :])
+
+
+@triton.jit
+def zeros(R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """R rows of fp32 zeros."""
+    tiles = ()
+    for i in tl.static_range(len(BLOCK_D)):
+        tiles = tiles + (tl.zeros([R, width(i, BLOCK_D)], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def dot_transposed(left, right, PRECISION: tl.constexpr):
+    """``left rightᵀ`` of two sets of rows."""
+    product = tl.dot(left[0], right[0].T, input_precision=PRECISION)
+    for i in tl.static_range(1, len(left)):
+        product = tl.dot(left[i], right[i].T, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def dot_add(left, right, total, PRECISION: tl.constexpr):
+    """``total + left right`` of a matrix and rows."""
+    tiles = ()
+    for i in tl.static_range(len(right)):
+        tiles = tiles + (tl.dot(left, right[i], total[i], input_precision=PRECISION),)
+    return tiles
