@@ -234,6 +234,19 @@ def assert_one_copy_of_weight(compiled: Compiled, kernel: str, tile: Tile, width
         assert 1 <= shared_copies(compiled.ttgir, h, w) <= 1 + same_shape
 
 
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [("forward", Tile(128, 128, 4, 2, True)), ("weight_grad", Tile(64, 128, 4, 3, True))],
+    ids=["forward", "weight_grad"],
+)
+def test_warp_specialized(kernel: str, tile: Tile) -> None:
+    """Without a bias, with sizes that are no multiples of a tile, in fp16, with a heavier activation."""
+    (odd,) = compile_kernel(kernel, tile, 120, torch.bfloat16, 90, rows=1001, latents=777, bias=False)
+    (heavy,) = compile_kernel(kernel, tile, 128, torch.float16, 90, activation="gelu")
+    assert odd.specialized and odd.wgmma > 0
+    assert heavy.specialized and heavy.wgmma > 0 and heavy.stack_bytes == 0
+
+
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
 @pytest.mark.parametrize("capability", PACKAGED)
 def test_ieee(kernel: str, capability: int) -> None:

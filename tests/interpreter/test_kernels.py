@@ -169,7 +169,7 @@ def assert_close(case: Case, results: dict[str, Tensor]) -> None:
     truth = definition(case, torch.float64)
     eager = definition(case, case.x.dtype)
     for name, result in results.items():
-        of = name.removesuffix("_atomic")
+        of = name.removesuffix("_atomic").removesuffix("_specialized")
         assert_tensor_close(name, result, truth[of], eager[of], case.x.dtype)
 
 
@@ -305,6 +305,44 @@ def test_fp32_bias_with_bf16_weight() -> None:
 def test_tile(tile: Tile) -> None:
     case = make_case(50, 40, 90, torch.float16, activation="sigmoid")
     assert_close(case, launch(case, tile=tile))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_fp16_totals_whose_parts_overflow(split: int) -> None:
+    """Parts of every sum over d, H and N pass 65504, the largest fp16; their totals do not."""
+    rows, d, latents = 20, 32, 40
+    case = make_case(rows, d, latents, torch.float16, activation="relu")
+
+    def half_negative(size: int) -> Tensor:
+        return torch.ones(size).index_fill(0, torch.arange(size // 2, size), -1.0)
+
+    over_d, over_h, over_n = half_negative(d), half_negative(latents), half_negative(rows)
+    noise = make_case(rows, d, latents, torch.float32)
+    case.x = (220 * over_d + noise.x / 8).half()
+    case.weight = (20 * over_h[:, None] + noise.weight / 2).half()
+    case.grad_pre = (30 * over_n[:, None] * over_d + noise.grad_pre / 10).half()
+    case.bias_enc = torch.full((latents,), 1e4, dtype=torch.float16)
+    x, weight, grad_pre = case.x.double(), case.weight.double(), case.grad_pre.double()
+    h = torch.relu(x @ weight.T + 1e4)
+    for left, right in ((x, weight.T), (h, weight), (h.T, grad_pre)):
+        half = left.shape[1] // 2
+        assert (left[:, :half] @ right[:half]).abs().min() > 65504
+        assert (left @ right).abs().max() < 65504
+    results = launch(case, split=split) | {f"{k}_specialized": v for k, v in launch_warp_specialized(case).items()}
+    assert_close(case, results)
+
+
+def test_fp16_latent_overflows_where_eagers_does() -> None:
+    case = make_case(5, 16, 40, torch.float16, activation="relu")
+    case.x[2] = 200 * case.weight[7].sign() / case.weight[7].abs().max()
+    case.weight[7] *= 65504 / (case.x[2] * case.weight[7]).sum() * 1.5
+    eager = definition(case, torch.float16)
+    finite = {name: torch.isfinite(result) for name, result in eager.items()}
+    assert finite["y"][[0, 1, 3, 4]].all() and not finite["y"][2].any()
+    for name, result in (launch(case) | {"y_specialized": launch_warp_specialized(case)["y"]}).items():
+        plain = finite[name.removesuffix("_atomic").removesuffix("_specialized")]
+        assert torch.isfinite(result)[plain].all(), name
+    assert not torch.isfinite(launch(case)["y"][2]).any()
 
 
 def test_row_stride() -> None:

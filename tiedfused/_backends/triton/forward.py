@@ -184,6 +184,8 @@ def _launch(
     widths = block_d(D)
     if tile.warp_specialize and not describable(x, weight, bias_enc):
         tile = tile.plain()
+    # All programs stream the same W at the same time: L2 serves it, whatever their order. A persistent grid could hide
+    # no more than the loads of x and the stores of y, 2 · BLOCK_N / H of the bytes a program moves.
     launch = forward_kernel[(triton.cdiv(N, tile.block_n), split)]
     if tile.warp_specialize:
         launch = with_descriptor_memory(launch)
