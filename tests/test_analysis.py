@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiedfused
-from tiedfused import TiedLinear, analysis
+from tiedfused import TiedLinear, analysis, losses
 from tiedfused.nn import TiedAutoencoder, TiedConv2d, TiedDecoder
 
 F64 = torch.float64
@@ -121,6 +121,20 @@ def test_shares_of_a_layer_are_the_two_terms(bias_mode: str) -> None:
     assert report.pairs[0].total == pytest.approx(float(total.norm()))
     assert not [name for name in ("forward", "forward_enc", "forward_dec") if name in vars(layer)]
     assert isinstance(layer._parameters["weight"], nn.Parameter)
+
+
+def test_penalties_without_the_latent_are_part_of_the_report() -> None:
+    layer, x = TiedLinear(5, 8, True, activation="relu", dtype=F64), torch.randn(9, 5, dtype=F64)
+
+    def loss() -> torch.Tensor:
+        y, stats = layer(x, return_stats=True)
+        return (y - x).square().mean() + losses.l1(stats)
+
+    with analysis.gradient_report(layer) as report:
+        loss().backward()
+    (expected,) = torch.autograd.grad(loss(), layer.weight)
+    torch.testing.assert_close(layer.weight.grad, expected)
+    assert report.pairs[0].total == pytest.approx(float(expected.norm()))
 
 
 def test_report_of_a_mixed_model() -> None:

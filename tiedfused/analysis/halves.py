@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tiedfused.nn import TiedConv1d, TiedConv2d, TiedDecoder, TiedLinear
+from tiedfused.reference import LatentStats, latent_stats
 
-Method = Callable[..., Tensor]
+Method = Callable[..., Any]
 TiedLayer = TiedLinear | TiedConv1d | TiedConv2d
 TIED_LAYERS = (TiedLinear, TiedConv1d, TiedConv2d)
 
@@ -54,10 +55,11 @@ def unfused(module: nn.Module) -> Iterator[None]:
 
 
 def _both_halves(layer: TiedLayer) -> Method:
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, return_stats: bool = False) -> Tensor | tuple[Tensor, LatentStats]:
         h = layer.encode(x)
         if isinstance(layer, TiedLinear):
-            return layer.decode(h)
+            y = layer.decode(h)
+            return (y, latent_stats(h)) if return_stats else y
         return layer.decode(h, x.shape[-layer.dimensions :])
 
     return forward
