@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ["TIEDFUSED_CONFIG_DIR"] = ""  # what a developer has tuned is not what is tested
 
 from tiedfused import activations, devices, functional, planning
 from tiedfused.regimes import tiled

@@ -6,6 +6,9 @@
 | `TIEDFUSED_RECOMPUTE`     | auto, 0, 1          | the default of ``recompute=`` (auto: None, the plan chooses)     |
 | `TIEDFUSED_WORKSPACE_MIB` | a number, 256       | the most that is kept of the latent, and that buffers may take   |
 | `TIEDFUSED_ATOMICS`       | 0, 1                | 1 allows the one-pass backward with atomics: not reproducible    |
+| `TIEDFUSED_CONFIG_DIR`    | a folder            | where `tiedfused tune` writes tiles and the kernels look first   |
+
+Where the last is not set, it is `tiedfused` in `XDG_CONFIG_HOME`, or in `~/.config`.
 
 `override` changes them for the length of a ``with`` block.
 """
@@ -16,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
@@ -33,12 +37,14 @@ class Settings:
         workspace_bytes: the most bytes of latent that a training step may keep where the plan chooses, and the most
             that the buffers of a pass may take.
         atomics: whether the backward pass may add x̄ with atomics (faster in places, not bitwise reproducible).
+        config_dir: where a user's tiles are, see `tiedfused.tiles`; an empty text for nowhere.
     """
 
     regime: str = "auto"
     recompute: bool | None = None
     workspace_bytes: int = 256 * MIB
     atomics: bool = False
+    config_dir: str = ""
 
     def __post_init__(self) -> None:
         if self.regime not in ("auto", *REGIME_NAMES):
@@ -72,7 +78,13 @@ class Settings:
             recompute=choice("TIEDFUSED_RECOMPUTE", {"auto": None, "0": False, "1": True}, "auto"),
             workspace_bytes=workspace_bytes,
             atomics=choice("TIEDFUSED_ATOMICS", {"0": False, "1": True}, "0"),
+            config_dir=environment.get("TIEDFUSED_CONFIG_DIR", _user_configs(environment)),
         )
+
+
+def _user_configs(environment: Mapping[str, str]) -> str:
+    home = environment.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return str(Path(home) / "tiedfused")
 
 
 _current = Settings.from_environment()

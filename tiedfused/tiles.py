@@ -10,9 +10,13 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import warnings
 from collections.abc import Iterator
-from importlib import resources as package_files
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from tiedfused import settings
 
 STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
 CHUNK_KERNELS = ("chunk_encode", "chunk_latent", "chunk_decode", "chunk_weight_grad")
@@ -37,6 +41,8 @@ _ADDRESSING_REGISTERS = 24
 _BARRIER_BYTES = 1024
 # kernel → compute capabilities of its warp-specialised form; for the others Triton 3.6 has none, or fails to compile it
 _WARP_SPECIALIZED = {"forward": (90, 100), "weight_grad": (90,)}
+_CONFIGS = Path(__file__).with_name("configs")
+NOT_MEASURED = "interpreter"  # how the status of a config starts that must not be used: its times are no GPU's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +173,16 @@ def block_d(d: int) -> tuple[int, ...]:
 def block_h(h: int) -> int:
     """The height, in latents, of the tile that holds all `h` of them: the next power of two, at least 64."""
     return max(_MIN_BLOCK_LATENT, 1 << (h - 1).bit_length())
+
+
+def padded(kernel: str, size: int) -> tuple[int, ...]:
+    """The widths in which `kernel` holds the size that it holds whole: d, or H in the bottleneck regime."""
+    return (block_h(size),) if kernel in BOTTLENECK_KERNELS else block_d(size)
+
+
+def config_key(kernel: str, size: int) -> str:
+    """Under which key configs hold what `kernel` takes for a size: that is padded, or "any" in the chunked regime."""
+    return "any" if kernel in CHUNK_KERNELS else str(sum(padded(kernel, size)))
 
 
 def _rows(kernel: str, tile: Tile) -> int:
@@ -352,12 +368,20 @@ def check_tile(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: i
 
 
 @functools.cache
-def _config(capability: int) -> dict[str, Any]:
-    """The architecture's file: "tiles" and "candidates", kernel → itemsize → width or "any" → a tile, or several."""
-    file = package_files.files("tiedfused") / "configs" / f"sm{capability}.json"
+def _config(file: Path) -> dict[str, Any] | None:
+    """A config file: "tiles" and "candidates", kernel → itemsize → width or "any" → a tile, or several. None where there is none, or none that may be used, which a warning says."""
     if not file.is_file():
-        return {"tiles": {}, "candidates": {}}
-    config: dict[str, Any] = json.loads(file.read_text())
+        return None
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        if config["status"].startswith(NOT_MEASURED):
+            raise ValueError(f"its status is {config['status']!r}")
+        for by_itemsize in config["tiles"].values():
+            for by_key in by_itemsize.values():
+                by_key.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{file}: tiles not used: {type(error).__name__}: {error}", stacklevel=2)
+        return None
     return config
 
 
@@ -379,14 +403,52 @@ def packaged() -> list[Packaged]:
     """Every tile of every packaged file."""
     found = []
     for capability in ARCHITECTURES:
+        config = _config(_CONFIGS / f"sm{capability}.json") or {}
         for section in ("tiles", "candidates"):
-            for kernel, by_itemsize in _config(capability)[section].items():
+            for kernel, by_itemsize in config.get(section, {}).items():
                 for itemsize, by_width in by_itemsize.items():
                     for width, entry in by_width.items():
                         for fields in entry if section == "candidates" else [entry]:
                             key = (kernel, capability, int(itemsize), width)
                             found.append(Packaged(*key, _TILES[kernel](*fields), section == "candidates"))
     return found
+
+
+@functools.cache
+def _gpu(capability: int) -> str | None:
+    """How the present GPU's config file is called, if there is a GPU and it is planned for as `capability`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    known = max((c for c in ARCHITECTURES if c <= 10 * major + minor), default=None)
+    return config_name(torch.cuda.get_device_name()) if known == capability else None
+
+
+def config_name(gpu: str) -> str:
+    """The file name, without its suffix, of the tiles of a GPU.
+
+    Example:
+        >>> config_name("NVIDIA H100 80GB HBM3")
+        'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def _tables(
+    table: str, kernel: str, dtype: str, capability: int, user_dir: str
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """What the configs hold of a kernel in `table` by `config_key`, and where: the user's first, for the exact GPU and
+    for the architecture, then the packaged ones likewise.
+    """
+    names = [name for name in (_gpu(capability), f"sm{capability}") if name is not None]
+    users = [Path(user_dir, f"{name}.json") for name in names] if user_dir else []
+    sources = [(f"user config {file}", file) for file in users]
+    sources += [(f"configs/{name}.json", _CONFIGS / f"{name}.json") for name in names]
+    for source, file in sources:
+        by_itemsize = (_config(file) or {}).get(table, {}).get(kernel, {})
+        yield by_itemsize.get(str(_ITEMSIZE[dtype]), {}), source
 
 
 def _shrunk(kernel: str, tile: AnyTile) -> AnyTile | None:
@@ -421,7 +483,6 @@ def _guesses(kernel: str, width: int) -> Iterator[AnyTile]:
         tile = _shrunk(kernel, tile)
 
 
-@functools.cache
 def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile, str]:
     """The tile to launch `kernel` with.
 
@@ -433,27 +494,37 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
         capability: compute capability, one of `ARCHITECTURES`.
 
     Returns:
-        The tile, and where it comes from: the architecture's packaged file, where an entry for wider rows, then named,
-        serves widths that have none; or a heuristic that starts from a large tile and shrinks it until it fits.
+        The tile, and where it comes from, the first of: a user's config in `Settings.config_dir`, the packaged config
+        of the present GPU by its name, the packaged config of the architecture, each likewise with an entry for wider
+        rows, then named, where there is none for these; a heuristic that starts from a large tile and shrinks it until
+        it fits. A file is read once in a process.
 
     Raises:
         ValueError: the dtype is another one, or no tile fits the architecture.
     """
+    return _lookup(kernel, size, dtype, capability, settings.current().config_dir)
+
+
+@functools.cache
+def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[AnyTile, str]:
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
-    itemsize = _ITEMSIZE[dtype]
-    widths = (block_h(size),) if kernel in BOTTLENECK_KERNELS else block_d(size)
-    entries = _config(capability)["tiles"].get(kernel, {}).get(str(itemsize), {})
-    wanted = "any" if kernel in CHUNK_KERNELS else str(sum(widths))
-    # what fits wider rows fits these
-    key = wanted if wanted in entries else min((w for w in entries if int(w) > sum(widths)), key=int, default=None)
-    if key is not None:
-        tile = _TILES[kernel](*entries[key])
-        source = f"configs/sm{capability}.json" + f", block_d {key}" * (key != wanted)
-        if isinstance(tile, Tile) and tile.warp_specialize and size * itemsize % 16:
-            tile, source = tile.plain(), f"{source}, not warp-specialised: TMA reads rows of a multiple of 16 bytes"
-        check_tile(kernel, tile, widths, itemsize, capability)
-        return tile, source
+    itemsize, widths, wanted = _ITEMSIZE[dtype], padded(kernel, size), config_key(kernel, size)
+    found_in = list(_tables("tiles", kernel, dtype, capability, user_dir))
+    wider = {key for by_key, _ in found_in for key in by_key if key.isdigit() and int(key) > sum(widths)}
+    for key in (wanted, *sorted(wider, key=int)):  # what fits wider rows fits these
+        for by_key, source in found_in:
+            if key not in by_key:
+                continue
+            try:
+                found: AnyTile = _TILES[kernel](*by_key[key])
+                if isinstance(found, Tile) and found.warp_specialize and size * itemsize % 16:
+                    found = found.plain()
+                    source += ", not warp-specialised: TMA reads rows of a multiple of 16 bytes"
+                check_tile(kernel, found, widths, itemsize, capability)
+                return found, source if key == wanted else f"{source}, block_d {key}"
+            except (TypeError, ValueError) as error:
+                warnings.warn(f"{source}: {kernel}, itemsize {itemsize}, size {key}: not used: {error}", stacklevel=3)
 
     refusal: ValueError | None = None
     for tile in _guesses(kernel, sum(widths)):

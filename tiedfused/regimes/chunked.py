@@ -10,7 +10,6 @@ are summed up, and 2 more products: a and h̄ are then computed twice.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -120,7 +119,6 @@ class _Traffic:
         self.exposed_seconds += traffic / self.device.cached_bandwidth(cached)
 
 
-@functools.cache
 def _gemm_tile(kernel: str, dtype: str, capability: int) -> tuple[GemmTile, str]:
     tile, source = tiles.lookup(kernel, 1, dtype, capability)
     assert isinstance(tile, GemmTile)

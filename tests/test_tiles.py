@@ -1,0 +1,116 @@
+"""Where a tile comes from: the user's config, the GPU's, the architecture's, a heuristic; in this order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tiedfused import settings, tiles
+from tiedfused.cli import app
+from tiedfused.tiles import GemmTile, LatentTile, Tile, lookup
+
+GPU = "nvidia-h100-80gb-hbm3"
+TILES = [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)]
+
+
+def config(file: Path, tile: Tile | None, **changes: Any) -> Path:
+    entry = [tile.block_n, tile.block_h, tile.num_warps, tile.num_stages] if tile else "nonsense"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"status": "measured", "tiles": {"forward": {"2": {"128": entry}}}, **changes}))
+    return file
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """The user's folder and the packaged one, both empty, on a machine with an H100."""
+    user, packaged = tmp_path / "user", tmp_path / "packaged"
+    monkeypatch.setattr(tiles, "_CONFIGS", packaged)
+    monkeypatch.setattr(tiles, "_gpu", lambda capability: GPU if capability == 90 else None)
+    with settings.override(config_dir=str(user)):
+        yield user, packaged
+    tiles._lookup.cache_clear()
+
+
+def found(capability: int = 90, d: int = 100) -> tuple[Tile, str]:
+    tiles._lookup.cache_clear()
+    tiles._config.cache_clear()
+    return lookup("forward", d, "bfloat16", capability)
+
+
+def test_order(folders: tuple[Path, Path]) -> None:
+    user, packaged = folders
+    heuristic = found()
+    assert heuristic[1] == "heuristic"
+    files = [packaged / "sm90.json", packaged / f"{GPU}.json", user / "sm90.json", user / f"{GPU}.json"]
+    names = ["configs/sm90.json", f"configs/{GPU}.json", f"user config {files[2]}", f"user config {files[3]}"]
+    for file, name, tile in zip(files, names, TILES, strict=True):
+        config(file, tile)
+        assert found() == (tile, name)
+    assert found(capability=80) == heuristic
+    assert found(d=200)[1] == "heuristic"
+
+
+@pytest.mark.parametrize(
+    ("tile", "changes", "says"),
+    [
+        (TILES[0], {"status": "interpreter, not measured"}, "its status is 'interpreter, not measured'"),
+        (TILES[0], {"tiles": 7}, "tiles not used"),
+        (TILES[0], {"status": None}, "tiles not used"),
+        (Tile(1024, 1024, 8, 3), {}, "shared memory"),
+        (Tile(48, 64, 8, 3), {}, "power of two"),
+        (None, {}, "forward, itemsize 2, size 128: not used"),
+    ],
+)
+def test_what_cannot_be_used_is_told_and_left_out(
+    folders: tuple[Path, Path], tile: Tile | None, changes: dict[str, Any], says: str
+) -> None:
+    user, packaged = folders
+    config(packaged / "sm90.json", TILES[1])
+    config(user / "sm90.json", tile, **changes)
+    with pytest.warns(UserWarning, match=says):
+        assert found() == (TILES[1], "configs/sm90.json")
+
+
+def test_a_file_that_is_not_json(folders: tuple[Path, Path]) -> None:
+    config(folders[0] / "sm90.json", TILES[0]).write_text("{")
+    with pytest.warns(UserWarning, match=r"sm90.json: tiles not used: JSONDecodeError"):
+        assert found()[1] == "heuristic"
+
+
+def test_explain_shows_it(tmp_path: Path) -> None:
+    file = config(tmp_path / "configs" / "sm90.json", TILES[3])
+    with settings.override(config_dir=str(file.parent)):
+        arguments = ["explain", "4096", "128", "4096", "--dtype", "bfloat16", "--device", "cuda", "--capability", "90"]
+        output = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"}).invoke(app, arguments).output
+    assert f"block_n 32, block_h 32, num_warps 4, num_stages 2 (user config {file})" in output
+    assert "(configs/sm90.json)" in output, "the other kernels keep theirs"
+
+
+def test_every_class_of_tile(folders: tuple[Path, Path]) -> None:
+    """A kernel of each regime is looked up by its own key and given its own kind of tile."""
+    wanted = {
+        ("few_rows_16", 768, "1024"): Tile(16, 32, 4, 2),
+        ("chunk_decode", 768, "any"): GemmTile(64, 64, 32, 4, 2),
+        ("bottleneck_forward", 100, "128"): LatentTile(32, 128, 32, 4, 2),
+        ("bottleneck_decode", 100, "128"): GemmTile(64, 64, 32, 4, 3),
+    }
+    entries = {kernel: {"2": {key: list(astuple(tile))}} for (kernel, _, key), tile in wanted.items()}
+    file = config(folders[0] / "sm90.json", None, tiles=entries)
+    tiles._lookup.cache_clear()
+    tiles._config.cache_clear()
+    for (kernel, size, _), tile in wanted.items():
+        assert lookup(kernel, size, "bfloat16", 90) == (tile, f"user config {file}")
+
+
+def test_the_folder() -> None:
+    of = settings.Settings.from_environment
+    assert of({"TIEDFUSED_CONFIG_DIR": "/a"}).config_dir == "/a"
+    assert of({"TIEDFUSED_CONFIG_DIR": ""}).config_dir == ""
+    assert of({"XDG_CONFIG_HOME": "/b"}).config_dir == "/b/tiedfused"
+    assert of({}).config_dir.endswith("/.config/tiedfused")
