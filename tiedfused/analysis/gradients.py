@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.console import Group
 from torch import Tensor, nn
 
 from tiedfused.analysis.halves import Method, mirrors, replaced, tied_layers, unfused
-from tiedfused.analysis.show import Shown, table
+from tiedfused.analysis.show import Shown, group, table
 
 SMALL_SHARE = 0.01  # below this the weight is trained by one half alone
 OPPOSED = -0.9  # a cosine below this: most of what the halves ask for cancels
@@ -60,7 +59,7 @@ class GradientReport(Shown):
     stages: list[Stage] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
-    def __rich__(self) -> Group:
+    def __rich__(self):  # type: ignore[no-untyped-def]
         pairs = table("weight", "‖āᵀx‖", "‖hᵀō‖", "encoder's share", "cosine", "‖W̄‖", "‖W̄‖ / ‖W‖")
         for p in self.pairs:
             numbers = (f"{v:.3g}" for v in (p.encoder, p.decoder))
@@ -69,7 +68,7 @@ class GradientReport(Shown):
         stages = table("half", "rms", "gradient rms")
         for s in self.stages:
             stages.add_row(s.name, f"{s.value:.3g}", f"{s.gradient:.3g}")
-        return Group(pairs, stages, *(f"warning: {w}" for w in self.warnings))
+        return group(pairs, stages, *(f"warning: {w}" for w in self.warnings))
 
 
 @contextlib.contextmanager

@@ -7,11 +7,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from rich.console import Group
 from torch import Tensor, nn
 
 from tiedfused.analysis.halves import TIED_LAYERS, Method, replaced, shape, tied_layers
-from tiedfused.analysis.show import Shown, table
+from tiedfused.analysis.show import Shown, group, table
 from tiedfused.nn import TiedLinear
 
 
@@ -27,11 +26,11 @@ class Trace(Shown):
     rows: tuple[tuple[str, str, str, str, str], ...]
     error: str | None
 
-    def __rich__(self) -> Group:
+    def __rich__(self):  # type: ignore[no-untyped-def]
         shown = table("call", "type", "input", "output", "", text_columns=5)
         for row in self.rows:
             shown.add_row(*row)
-        return Group(shown, *([] if self.error is None else [f"stopped: {self.error}"]))
+        return group(shown, *([] if self.error is None else [f"stopped: {self.error}"]))
 
 
 @torch.no_grad()
