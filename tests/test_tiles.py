@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tiedfused import settings, tiles
 from tiedfused.cli import app
+from tiedfused.planning import Plan, make_plan, plan
 from tiedfused.tiles import GemmTile, LatentTile, Tile, lookup
 
 GPU = "nvidia-h100-80gb-hbm3"
@@ -106,6 +108,44 @@ def test_every_class_of_tile(folders: tuple[Path, Path]) -> None:
     tiles._config.cache_clear()
     for (kernel, size, _), tile in wanted.items():
         assert lookup(kernel, size, "bfloat16", 90) == (tile, f"user config {file}")
+
+
+def test_a_measured_efficiency_replaces_the_assumed_one(folders: tuple[Path, Path]) -> None:
+    """It scales what arithmetic takes, may change the regime that is chosen, and `explain` shows where it is from."""
+    problem: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "capability": 90, "grad": False}
+
+    def planned(**efficiency: float) -> Plan:
+        for cached in (tiles._lookup, tiles._config, tiles.measured_efficiency, make_plan):
+            cached.cache_clear()
+        table = {kernel: {"2": {"any" if "chunk" in kernel else "256": e}} for kernel, e in efficiency.items()}
+        config(folders[0] / "sm90.json", None, tiles={}, efficiency=table)
+        found = plan(16384, 256, 16384, **problem)
+        texts.append(str(found))
+        return found
+
+    texts: list[str] = []
+    assumed, measured = planned(), planned(forward=0.25)
+    assert (assumed.regime, measured.regime) == ("stream", "chunked")
+    assert "measured (" not in texts[0]
+    with settings.override(regime="stream"):
+        slow, slower = planned(forward=0.25), planned(forward=0.125)
+    assert slow.predicted_ms == pytest.approx(2 * assumed.predicted_ms), "0.50 is assumed"
+    assert slower.predicted_ms == pytest.approx(2 * slow.predicted_ms)
+    assert f"; 12% of the peak measured (user config {folders[0] / 'sm90.json'})" in texts[-1]
+    with pytest.warns(UserWarning, match="forward: efficiency not used: got -1; expected a fraction"):
+        assert planned(forward=-1).predicted_ms == assumed.predicted_ms
+    make_plan.cache_clear()
+    tiles.measured_efficiency.cache_clear()
+
+
+@pytest.mark.parametrize("file", sorted(tiles._CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_what_is_packaged_claims_no_measurement_that_was_not_made(file: Path) -> None:
+    shipped = json.loads(file.read_text())
+    if "not measured" in shipped["status"]:
+        assert not shipped.keys() & {"efficiency", "measured"}
+    else:
+        assert shipped["status"] == "measured"
+        assert {"gpu", "versions", "commit", "command", "measured"} <= shipped.keys()
 
 
 def test_the_folder() -> None:

@@ -14,7 +14,7 @@ import torch
 from tiedfused import devices, settings
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.regimes import REGIMES
-from tiedfused.regimes.common import Part, Pass, Request
+from tiedfused.regimes.common import Part, Pass, Request, measured_efficiency
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -149,7 +149,9 @@ class Plan:
             for p in part.passes:
                 sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(p.tile).items())
                 split = f", split {p.split}" if p.split > 1 else ""
-                rows.append((f"  {p.kernel}", f"{sizes}{split} ({p.tile_source})"))
+                measured = measured_efficiency(r, p.kernel) if part.backend == "triton" else None
+                peak = "" if measured is None else f"; {100 * measured[0]:.0f}% of the peak measured ({measured[1]})"
+                rows.append((f"  {p.kernel}", f"{sizes}{split} ({p.tile_source}){peak}"))
         return [
             *rows,
             ("latent", f"kept, {_mib(self.saved_bytes)}" if self.save_latent else "never stored"),

@@ -369,16 +369,19 @@ def check_tile(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: i
 
 @functools.cache
 def _config(file: Path) -> dict[str, Any] | None:
-    """A config file: "tiles" and "candidates", kernel → itemsize → width or "any" → a tile, or several. None where there is none, or none that may be used, which a warning says."""
+    """A config file: "tiles", "candidates" and "efficiency", kernel → itemsize → `config_key` → a tile, several, or a
+    fraction. None where there is none, or none that may be used, which a warning says.
+    """
     if not file.is_file():
         return None
     try:
         config: dict[str, Any] = json.loads(file.read_text())
         if config["status"].startswith(NOT_MEASURED):
             raise ValueError(f"its status is {config['status']!r}")
-        for by_itemsize in config["tiles"].values():
-            for by_key in by_itemsize.values():
-                by_key.keys()
+        for table in (config["tiles"], config.get("efficiency", {})):
+            for by_itemsize in table.values():
+                for by_key in by_itemsize.values():
+                    by_key.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{file}: tiles not used: {type(error).__name__}: {error}", stacklevel=2)
         return None
@@ -535,3 +538,17 @@ def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) 
             refusal = error
     assert refusal is not None
     raise refusal
+
+
+@functools.cache
+def measured_efficiency(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[float, str] | None:
+    """The fraction of the device's peak that a config says `kernel` reached, and where it says so; `tiedfused tune`
+    writes it. Arguments and the order of the configs are those of `lookup`, `user_dir` is `Settings.config_dir`.
+    """
+    for by_key, source in _tables("efficiency", kernel, dtype, capability, user_dir):
+        entry = by_key.get(config_key(kernel, size))
+        if isinstance(entry, float) and entry > 0:
+            return entry, source
+        if entry is not None:
+            warnings.warn(f"{source}: {kernel}: efficiency not used: got {entry!r}; expected a fraction", stacklevel=3)
+    return None

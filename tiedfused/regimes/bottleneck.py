@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
 from tiedfused.tiles import GemmTile, LatentTile
 
 MAX_H = 512
@@ -82,7 +82,16 @@ def _fused(r: Request) -> Pass:
 
     def with_tile(tile: LatentTile, launches: int = 1) -> Pass:
         blocks = math.ceil(r.n / tile.block_n)
-        predicted = _ms(r, flops, tile.block_h, bytes_moved, blocks, launches=launches, cached_bytes=2 * w * blocks)
+        predicted = _ms(
+            r,
+            "bottleneck_forward",
+            flops,
+            tile.block_h,
+            bytes_moved,
+            blocks,
+            launches=launches,
+            cached_bytes=2 * w * blocks,
+        )
         return Pass("bottleneck_forward", tile, source, 1, flops, bytes_moved, 0, predicted)
 
     return with_tile(min(_fewer_rows(packaged), key=lambda tile: with_tile(tile, launches=0).predicted_ms))
@@ -104,6 +113,7 @@ def _latent(r: Request, inputs: int, held: int) -> Pass:
         sums = parts * inputs * r.n * r.h * 4 if parts > 1 else 0
         predicted = _ms(
             r,
+            kernel,
             flops,
             tile.block_h,
             bytes_moved,
@@ -126,7 +136,16 @@ def _weight_grad(r: Request, held: int) -> Pass:
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     flops = 4 * r.ndh
     bytes_moved = 2 * (x + r.latent_bytes) + w
-    predicted = _ms(r, flops, tile.block_m, bytes_moved, blocks * parts, launches=1 + (parts > 1), sums=sums)
+    predicted = _ms(
+        r,
+        "bottleneck_weight_grad",
+        flops,
+        tile.block_m,
+        bytes_moved,
+        blocks * parts,
+        launches=1 + (parts > 1),
+        sums=sums,
+    )
     return Pass("bottleneck_weight_grad", tile, source, parts, flops, bytes_moved + 2 * sums, held + sums, predicted)
 
 
@@ -137,7 +156,7 @@ def _decode(r: Request, held: int) -> Pass:
     blocks = math.ceil(r.n / tile.block_m) * math.ceil(r.d / tile.block_n)
     flops = 2 * r.ndh
     bytes_moved = r.n * r.d * r.itemsize + r.latent_bytes + r.h * r.d * r.itemsize
-    predicted = _ms(r, flops, tile.block_k, bytes_moved, blocks, launches=1)
+    predicted = _ms(r, "bottleneck_decode", flops, tile.block_k, bytes_moved, blocks, launches=1)
     return Pass("bottleneck_decode", tile, source, 1, flops, bytes_moved, held, predicted)
 
 
@@ -152,6 +171,7 @@ def _fewer_rows(tile: LatentTile) -> Iterator[LatentTile]:
 
 def _ms(
     r: Request,
+    kernel: str,
     flops: int,
     block: int,
     memory_bytes: int,
@@ -165,7 +185,7 @@ def _ms(
     return kernel_ms(
         r,
         flops=flops * math.ceil(r.h / block) * block / r.h,
-        efficiency=EFFICIENCY,
+        efficiency=efficiency(r, kernel, EFFICIENCY),
         memory_bytes=memory_bytes,
         cached_bytes=cached_bytes,
         exposed_seconds=2 * sums / r.device.cached_bandwidth(sums <= r.device.l2_bytes / 2),

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
 from tiedfused.tiles import GemmTile
 
 # The fraction of the peak that the products are expected to reach: below the 0.66 of cuBLAS in bf16 on an H100. Not
@@ -158,7 +158,7 @@ def _product(
     predicted = kernel_ms(
         r,
         flops=flops,
-        efficiency=EFFICIENCY,
+        efficiency=efficiency(r, kernel, EFFICIENCY),
         memory_bytes=traffic.streamed,
         exposed_seconds=traffic.exposed_seconds,
         blocks=_blocks(tile, rows, columns) * parts,

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tiedfused import devices, settings
+from tiedfused import devices, settings, tiles
 from tiedfused.activations import HAS_TRITON, Activation
 from tiedfused.devices import Device
 from tiedfused.tiles import AnyTile
@@ -193,6 +193,18 @@ def split(blocks: int, streamed_blocks: int, multiprocessors: int) -> int:
     if blocks >= multiprocessors:
         return 1
     return max(1, min(multiprocessors // blocks, streamed_blocks // 4))
+
+
+def measured_efficiency(r: Request, kernel: str) -> tuple[float, str] | None:
+    """The fraction of the peak that `kernel` was measured to reach on this GPU, and which config says so."""
+    size = r.h if kernel in tiles.BOTTLENECK_KERNELS else r.d
+    return tiles.measured_efficiency(kernel, size, r.dtype_name, r.gpu, r.in_force.config_dir)
+
+
+def efficiency(r: Request, kernel: str, assumed: float) -> float:
+    """The fraction of the peak that `kernel` is expected to reach: the measured one, else what a regime assumes."""
+    measured = measured_efficiency(r, kernel)
+    return assumed if measured is None else measured[0]
 
 
 def kernel_ms(

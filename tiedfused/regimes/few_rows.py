@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, kernel_ms, why_not_triton
+from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, why_not_triton
 from tiedfused.tiles import ARCHITECTURES, Tile
 
 MAX_ROWS = 64
@@ -63,7 +63,7 @@ def _pass(r: Request, bucket: str, tile: Tile, source: str, at_once: int) -> Pas
     predicted = kernel_ms(
         r,
         flops=flops * (row_tiles * tile.block_n / r.n),
-        efficiency=EFFICIENCY,
+        efficiency=efficiency(r, bucket, EFFICIENCY),
         memory_bytes=2 * x + w,
         cached_bytes=row_tiles * w,  # the first row tile brings W to the cache for the others
         exposed_seconds=2 * sums / r.device.cached_bandwidth(True),

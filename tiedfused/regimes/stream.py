@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
 from tiedfused.tiles import Tile
 
 MAX_D = 512
@@ -110,11 +110,11 @@ def _pass(r: Request, kernel: str) -> Pass:
         workspace, bytes_moved = workspace + sums, bytes_moved + 2 * sums
     # the padding to whole tiles, here of d and below of a few rows, is work like any other
     flops = 2 * products * r.n * sum(tiles.block_d(r.d)) * r.h
-    efficiency = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
+    assumed = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
     predicted = kernel_ms(
         r,
         flops=flops * (blocks * fixed[1] / fixed[0]),
-        efficiency=efficiency,
+        efficiency=efficiency(r, kernel, assumed),
         memory_bytes=bytes_moved,
         blocks=blocks * parts,
         launches=1 + (parts > 1),
