@@ -13,6 +13,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+OUT ?=
+PART ?= 1/1
 
 PY := $(VENV)/bin/python
 PIP := env -u PYTHONPATH $(PY) -m pip --disable-pip-version-check
@@ -23,11 +25,11 @@ CONSTRAINTS := $(VENV)/constraints.txt
 # Lets the source tree run where pip could not install it (see setup-environment).
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo test bench lint format clean setup setup-pip setup-environment constraints
+.PHONY: help demo test bench report docs gpu-report lint format clean setup setup-pip setup-environment constraints
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 demo: setup  ## train on MNIST digits with plain PyTorch and with tiedfused; a table and demo.png (DEMO_ARGS)
 	$(PY) examples/demo.py $(DEMO_ARGS)
@@ -41,8 +43,20 @@ test: setup  ## all tests and doctests; the gpu ones too where there is a GPU (P
 	else echo 'tests/interpreter not run: no Triton here'; fi; \
 	exit $$status
 
-bench: setup  ## microbenchmarks: tiled against eager and torch.compile, one table (BENCH_ARGS)
-	$(PY) bench/table.py $(BENCH_ARGS)
+bench: setup  ## the layer beside its peers, one table in about two minutes (BENCH_ARGS)
+	$(PY) -m tiedfused.cli bench --quick $(BENCH_ARGS)
+
+report: setup  ## measure this machine in full into bench/results, and show it in docs/benchmarks.md and README.md
+	$(PY) -m tiedfused.cli bench --out bench/results $(BENCH_ARGS)
+	$(PY) bench/document.py
+
+docs: setup  ## write docs/benchmarks.md, its pictures and README's table from bench/results
+	$(PY) bench/document.py
+
+# Without the set-up: machines with a GPU often have no package index, and torch, Triton and pytest are enough.
+gpu-report:  ## all of it on an NVIDIA GPU in under nine minutes: make gpu-report OUT=folder [PART=1/3]
+	@test -n "$(OUT)" || { echo 'OUT: got nothing; expected a folder: make gpu-report OUT=folder [PART=1/3]'; exit 2; }
+	$(PYTHON) -m tiedfused.benchmark.gpu_report --out '$(OUT)' --part '$(PART)' $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -54,7 +68,7 @@ format: $(DEV_STAMP)  ## rewrite the sources as ruff would have them
 	$(PY) -m ruff format .
 
 clean:  ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf $(VENV) build dist *.egg-info tiedfused-bench tiedfused-profile .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peers import Operands, eager
 
 from tiedfused import TiedLinear
+from tiedfused.benchmark.peers import Operands, eager
+from tiedfused.benchmark.shapes import Shape
 from tiedfused.functional import tied_encode_decode
 
 LAYERS = {"eager": eager, "tiedfused": tied_encode_decode}
@@ -14,7 +15,7 @@ LAYERS = {"eager": eager, "tiedfused": tied_encode_decode}
 
 @pytest.fixture
 def operands() -> Operands:
-    return Operands.random(4, 8, 16, torch.float32)
+    return Operands.random(Shape(4, 8, 16), torch.float32)
 
 
 @pytest.mark.benchmark(group="overhead: inference")
@@ -33,7 +34,7 @@ def test_forward(benchmark, operands: Operands, name: str) -> None:
 @pytest.mark.benchmark(group="overhead: forward and backward")
 @pytest.mark.parametrize("name", LAYERS)
 def test_step(benchmark, operands: Operands, name: str) -> None:
-    benchmark(operands.step(LAYERS[name]))
+    benchmark(operands.call(LAYERS[name], "step"))
 
 
 @pytest.mark.benchmark(group="overhead: module")

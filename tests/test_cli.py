@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,6 +20,12 @@ def test_info() -> None:
     assert result.exit_code == 0
     for text in (tiedfused.__version__, torch.__version__, "backend triton", "backend tiled", "setting recompute"):
         assert text in result.output
+
+
+def test_what_only_benchmarks_need_is_not_imported() -> None:
+    program = "import sys, tiedfused.cli; print([m for m in sys.modules if m in ('tiedfused.benchmark', 'matplotlib')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_explain() -> None:

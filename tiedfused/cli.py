@@ -1,9 +1,10 @@
-"""The command line: `tiedfused info` and `tiedfused explain`."""
+"""The command line: `tiedfused info`, `explain`, `bench`, `profile` and `tune`."""
 
 from __future__ import annotations
 
 import enum
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -110,6 +111,101 @@ def explain(
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch.device of an unknown name
         raise typer.BadParameter(str(error).splitlines()[0]) from None
     _table("plan", plan.rows())
+
+
+class Pass(str, enum.Enum):
+    """What of the layer runs: forward without gradients, backward alone, or both with all gradients."""
+
+    fwd = "fwd"
+    bwd = "bwd"
+    step = "step"
+
+
+_SHAPES = typer.Option(help="N,d,H or the name of a list (an unknown one lists them); several times")
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="about two minutes: fewer problems, no max-autotune")] = False,
+    shapes: Annotated[list[str] | None, _SHAPES] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="several times; fp32 and bf16, on a GPU bf16")] = None,
+    which: Annotated[list[Pass] | None, typer.Option("--pass", help="several times; fwd and step")] = None,
+    peers: Annotated[list[str] | None, typer.Option(help="several times; also regimes; all peers")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:1, …; several times; the GPU if any")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the results: JSON and PNG")] = Path("tiedfused-bench"),
+    budget: Annotated[float | None, typer.Option(help="seconds; they decide how often each call is timed")] = None,
+    part: Annotated[str, typer.Option(help="K/N: every N-th problem, from the K-th on")] = "1/1",
+    against: Annotated[Path | None, typer.Option(help="compare ratio by ratio with these earlier results")] = None,
+    show: Annotated[Path | None, typer.Option(help="measure nothing: show these results, and draw them anew")] = None,
+) -> None:
+    """Time the layer beside its peers: correct first, then interleaved medians; a table, JSON and plots.
+
+    Exit status: 0; 1 if something asked for could not be done, or is slower than in the earlier results; 2 if nothing
+    could.
+    """
+    from tiedfused.benchmark import bench as benchmark
+
+    problems: list[str] = []
+    written = [show] if show is not None else []
+    for one in [] if show is not None else device or [""]:
+        found: list[str] = []  # each results file tells its own
+        path = benchmark.bench(
+            quick=quick,
+            shapes=shapes or (),
+            dtypes=[name.value for name in dtype or ()],
+            passes=[name.value for name in which or ()],
+            peers=peers or (),
+            device=one,
+            out=out,
+            budget=budget,
+            part=part,
+            problems=found,
+        )
+        problems += found
+        written += [path] if path is not None else []
+    slower = [benchmark.show(path, against, problems, draw=show is not None) for path in written]
+    raise typer.Exit(0 if written and not problems and not any(slower) else 1 if written else 2)
+
+
+@app.command()
+def profile(
+    n: Annotated[int, typer.Argument(metavar="N", help="rows of x", min=1)],
+    d: Annotated[int, typer.Argument(metavar="D", help="in_features", min=1)],
+    h: Annotated[int, typer.Argument(metavar="H", help="out_features", min=1)],
+    dtype: Annotated[Dtype | None, typer.Option(help="of every operand; fp32, on a GPU bf16")] = None,
+    which: Annotated[Pass, typer.Option("--pass", help="what runs")] = Pass.step,
+    device: Annotated[str, typer.Option(help="cpu, cuda:1, …; the GPU if any")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the trace and the picture")] = Path("tiedfused-profile"),
+    only_run: Annotated[bool, typer.Option("--only-run", help="run it in NVTX ranges, for ncu and nsys")] = False,
+) -> None:
+    """Show one problem kernel by kernel: time, rates, what the compiler made of it, and what bounds it."""
+    from tiedfused.benchmark import profile as profiler
+
+    try:
+        profiler.profile((n, d, h), dtype and dtype.value, which.value, device, out, only_run=only_run)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
+        raise typer.BadParameter(str(error).splitlines()[0]) from None
+
+
+@app.command()
+def tune(
+    shapes: Annotated[list[str] | None, _SHAPES] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="several times; bf16")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, …")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the config; the user's, where every process finds it")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="seconds for all of it")] = 600,
+) -> None:
+    """Search the fastest tiles of the Triton kernels on this GPU, and write them where they are found again."""
+    from tiedfused.benchmark import tune as tuner
+
+    problems: list[str] = []
+    written = tuner.tune(
+        shapes=shapes or (), dtypes=[one.value for one in dtype or ()], device=device, out=out, budget=budget,
+        problems=problems,
+    )  # fmt: skip
+    raise typer.Exit(0 if written and not problems else 1 if written else 2)
 
 
 def main() -> None:

@@ -1,0 +1,83 @@
+"""What the device is, and how a call on it is timed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tiedfused.benchmark import device
+from tiedfused.benchmark.device import Timing, interleaved, milliseconds
+from tiedfused.benchmark.peers import Call
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("text", ["abacus", "cuda:99", "mps", "meta"])
+def test_unknown_device(text: str) -> None:
+    with pytest.raises(ValueError, match=f"device: .*{text}.* expected cpu") as caught:
+        device.resolve(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_description() -> None:
+    found = device.describe(device.resolve("cpu"))
+    assert found["threads"] == torch.get_num_threads()
+    assert str(found["threads"]) in found["name"]
+    assert {"tiedfused", "torch", "python"} <= set(device.versions())
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_preparation_is_not_timed() -> None:
+    slow = Call(lambda: time.sleep(0.002), prepare=lambda: time.sleep(0.05))
+    assert 2 <= milliseconds(slow, CPU) < 50
+    assert 2 <= milliseconds(slow, CPU, warm=True) < 50
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: Call(lambda name=name: order.append(name)) for name in "ab"}
+    assert set(interleaved(calls, CPU, 3)) == {"a", "b"}
+    assert order == list("ababab")
+
+
+def test_percentiles() -> None:
+    assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.5, 2.0, 5.0)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_rates() -> None:
+    made = device.ceilings(CPU, torch.float32)
+    rates = made.rates({"gemm": Timing(2, 2, 2), "copy": Timing(1, 1, 1), "read": Timing(0.25, 0.25, 0.25)})
+    assert rates == {"gemm": 2 * 64**3 / 2e-3, "memory": (1 << 16) / 0.25e-3}
+
+
+def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\necho "1980, 2619, 300.5, 41"\necho "[N/A], 1"\necho "1700, 2619, 690.0, 60"\nsleep 20\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
+    with device.Clocks(torch.device("cuda", 0)) as clocks:
+        seen: dict[str, list[float]] = {}
+        for _ in range(100):
+            seen = seen or clocks.seen()
+            time.sleep(0.02)
+        smi = clocks._smi
+    assert seen["sm_mhz"] == [1700, 1840, 1980]
+    assert seen["power_w"] == [300.5, 495.25, 690]
+    assert smi is not None
+    assert smi.returncode is not None, "it ends with the measurement"
+
+
+def test_clocks_where_there_is_no_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
+    with device.Clocks(torch.device("cuda", 0)) as clocks:
+        assert clocks.seen() == {}
