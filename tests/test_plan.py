@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import tiedfused
-from tiedfused import devices, settings, tiles
+from tiedfused import devices, settings
 from tiedfused.planning import Plan, plan
 from tiedfused.regimes import REGIMES
 from tiedfused.regimes.common import Pass, TorchTile
@@ -80,14 +82,12 @@ def test_padding_counts_as_executed_work(d: int, padded: int) -> None:
 
 
 @pytest.fixture
-def specialized_forward(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> Iterator[None]:
-    """A packaged file whose forward tile is warp-specialised at every d."""
-    tile = [128, 64, 4, 2, True]
-    kernels = {**tiles._config(90)["tiles"], "forward": {"2": {"256": tile}}}
-    monkeypatch.setattr(tiles, "_config", lambda capability: {"tiles": kernels, "candidates": {}})
-    tiles.lookup.cache_clear()
-    yield
-    tiles.lookup.cache_clear()
+def specialized_forward(tmp_path: Path) -> Iterator[None]:
+    """A user's config whose forward tile is warp-specialised at every d."""
+    config = {"status": "measured", "tiles": {"forward": {"2": {"256": [128, 64, 4, 2, True]}}}}
+    (tmp_path / "sm90.json").write_text(json.dumps(config))
+    with settings.override(config_dir=str(tmp_path)):
+        yield
 
 
 def test_warp_specialized_where_tma_can_read_the_rows(specialized_forward: None) -> None:

@@ -97,7 +97,7 @@ def test_explain_shows_it(tmp_path: Path) -> None:
 def test_every_class_of_tile(folders: tuple[Path, Path]) -> None:
     """A kernel of each regime is looked up by its own key and given its own kind of tile."""
     wanted = {
-        ("few_rows_16", 768, "1024"): Tile(16, 32, 4, 2),
+        ("few_rows_16", 768, "768"): Tile(16, 32, 4, 2),
         ("chunk_decode", 768, "any"): GemmTile(64, 64, 32, 4, 2),
         ("bottleneck_forward", 100, "128"): LatentTile(32, 128, 32, 4, 2),
         ("bottleneck_decode", 100, "128"): GemmTile(64, 64, 32, 4, 3),

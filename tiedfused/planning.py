@@ -147,7 +147,7 @@ class Plan:
             chunk = f", {part.chunk[0]} × {part.chunk[1]} of the latent at a time" if part.chunk else ""
             rows.append((direction, f"{part.regime} ({part.backend}){chunk}; {part.predicted_ms:.3g} ms predicted"))
             for p in part.passes:
-                sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(p.tile).items())
+                sizes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(p.tile).items() if v is not False)
                 split = f", split {p.split}" if p.split > 1 else ""
                 measured = measured_efficiency(r, p.kernel) if part.backend == "triton" else None
                 peak = "" if measured is None else f"; {100 * measured[0]:.0f}% of the peak measured ({measured[1]})"

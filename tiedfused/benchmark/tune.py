@@ -54,15 +54,17 @@ def _space(kernel: str, before: AnyTile, width: int) -> Iterator[AnyTile]:
         assert isinstance(before, Tile)
         rows = int(kernel.rpartition("_")[2]) if kernel in tiles.FEW_ROWS_KERNELS else 256
         blocks = {"block_n": _powers(16, rows), "block_h": _powers(16, 256)}
-    ranges = {**blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]}
+    ranges: dict[str, list[Any]] = {**blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]}
+    if isinstance(before, Tile):
+        ranges["warp_specialize"] = [False, True]
     for values in itertools.product(*ranges.values()):
-        yield dataclasses.replace(before, **dict(zip(ranges, values, strict=True)))  # type: ignore[arg-type]
+        yield dataclasses.replace(before, **dict(zip(ranges, values, strict=True)))
 
 
 def candidates(kernel: str, before: AnyTile, size: int, itemsize: int, capability: int) -> list[AnyTile]:
     """The tiles that the resource model lets run; `size` is d, or H in the bottleneck regime."""
     fitting = []
-    for tile in _space(kernel, before, padded(kernel, size)):
+    for tile in _space(kernel, before, sum(padded(kernel, size))):
         try:
             check_tile(kernel, tile, padded(kernel, size), itemsize, capability)
         except ValueError:
