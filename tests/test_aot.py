@@ -159,6 +159,17 @@ def test_rows_of_a_multiple_of_8_are_copied_asynchronously(kernel: str) -> None:
     assert compiled.stack_bytes == 0
 
 
+@pytest.mark.parametrize("kernel", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("capability", PACKAGED)
+def test_rows_of_a_multiple_of_8_are_loaded_as_those_that_fill_their_tile(kernel: str, capability: int) -> None:
+    """Number by number, they would be neither pipelined nor without spills."""
+    tile, _ = lookup(kernel, 200, "bfloat16", capability)
+    (partly,) = compile_kernel(kernel, tile, 200, torch.bfloat16, capability)
+    (filled,) = compile_kernel(kernel, tile, 256, torch.bfloat16, capability)
+    assert partly.shared_bytes == filled.shared_bytes
+    assert partly.stack_bytes == filled.stack_bytes == 0
+
+
 @pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_latent", "bottleneck_latent_grad"])
 @pytest.mark.parametrize(("h", "d"), [(64, 784), (512, 333)])
 def test_bottleneck_of_few_rows_odd_sizes_split_and_ieee(kernel: str, h: int, d: int) -> None:

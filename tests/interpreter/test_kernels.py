@@ -345,11 +345,16 @@ def test_fp16_latent_overflows_where_eagers_does() -> None:
     assert not torch.isfinite(launch(case)["y"][2]).any()
 
 
-def test_row_stride() -> None:
-    case = make_case(33, 17, 40, torch.float32)
-    wide_x, wide_grad_pre, wide_weight = torch.full((33, 40), 7.0), torch.full((33, 23), 7.0), torch.full((40, 19), 7.0)
-    wide_x[:, 5:22], wide_grad_pre[:, 3:20], wide_weight[:, 1:18] = case.x, case.grad_pre, case.weight
-    case.x, case.grad_pre, case.weight = wide_x[:, 5:22], wide_grad_pre[:, 3:20], wide_weight[:, 1:18]
+@pytest.mark.parametrize("d", [17, 24])
+@pytest.mark.parametrize("unaligned", ["x", "grad_pre", "weight"])
+def test_row_stride(unaligned: str, d: int) -> None:
+    """The alignment that a kernel relies on is that of all operands."""
+    case = make_case(33, d, 40, torch.float32)
+    for name in ("x", "grad_pre", "weight"):
+        rows = getattr(case, name)
+        wide = torch.full((len(rows), d + (9 if name == unaligned else 8)), 7.0)
+        wide[:, 3 : 3 + d] = rows
+        setattr(case, name, wide[:, 3 : 3 + d])
     assert_close(case, launch(case))
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton import rows
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
@@ -39,11 +40,13 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
+    D, stride_x, stride_w = aligned(D, ALIGNMENT), aligned(stride_x, ALIGNMENT), aligned(stride_w, ALIGNMENT)
     part = tl.program_id(1)
     n0 = tl.program_id(0) * BLOCK_N
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -209,6 +212,7 @@ def _launch(
         PRECISION=precision,
         EVEN_H=H % tile.block_h == 0,
         EVEN_D=sum(widths) == D,
+        ALIGNMENT=alignment(x, weight),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_D=widths,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton import rows
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -33,10 +34,13 @@ def input_grad_kernel(
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
+    stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
     part = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
@@ -128,6 +132,7 @@ def input_grad(
         PRECISION=precision,
         EVEN_H=H % tile.block_h == 0,
         EVEN_D=sum(widths) == D,
+        ALIGNMENT=alignment(x, grad_pre, weight),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_D=widths,

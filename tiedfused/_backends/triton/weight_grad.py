@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton import rows
+from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
 from tiedfused.activations import IDENTITY, Activation
@@ -43,11 +44,14 @@ def weight_grad_kernel(
     EVEN_N: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
+    D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
+    stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
     h0 = tl.program_id(0) * BLOCK_H
     part = tl.program_id(1)
     offs_n = tl.arange(0, BLOCK_N)
@@ -193,6 +197,7 @@ def weight_grad(
         EVEN_N=N % tile.block_n == 0,
         EVEN_H=H % tile.block_h == 0,
         EVEN_D=sum(widths) == D,
+        ALIGNMENT=alignment(x, grad_pre, weight),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_D=widths,
