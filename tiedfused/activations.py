@@ -315,7 +315,12 @@ _TABLE: dict[str, Activation] = {
 
 
 def activation_names() -> tuple[str, ...]:
-    """The names that ``activation=`` and ``output_activation=`` accept, in table order."""
+    """The names that ``activation=`` and ``output_activation=`` accept, in table order.
+
+    Example:
+        >>> activation_names()[:3]
+        ('identity', 'relu', 'leaky_relu')
+    """
     return tuple(_TABLE)
 
 

@@ -23,7 +23,13 @@ from tiedfused.reference import LatentStats, stats_dtype
 
 
 def mse(y: Tensor, target: Tensor) -> Tensor:
-    """The mean of (y − target)² over all entries. Both ``[..., d]``."""
+    """The mean of (y − target)² over all entries. Both ``[..., d]``.
+
+    Example:
+        >>> import torch
+        >>> float(mse(torch.ones(2, 3), torch.zeros(2, 3)))
+        1.0
+    """
     wide = stats_dtype(y.dtype)
     return F.mse_loss(y.to(wide), target.to(wide))
 
@@ -33,6 +39,12 @@ def normalized_mse(y: Tensor, target: Tensor) -> Tensor:
 
     It is also called the fraction of variance unexplained. The baseline is that of Gao et al., "Scaling and evaluating
     sparse autoencoders" (2024), taken over the rows at hand. Both ``[..., d]``, with at least two different rows.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(100, 3)
+        >>> round(float(normalized_mse(x.mean(0).expand(100, 3), x)), 4)
+        1.0
     """
     wide = stats_dtype(y.dtype)
     rows = target.reshape(-1, target.shape[-1]).to(wide)
@@ -40,7 +52,15 @@ def normalized_mse(y: Tensor, target: Tensor) -> Tensor:
 
 
 def l1(stats: LatentStats) -> Tensor:
-    """The mean over rows of Σⱼ |hₙⱼ|."""
+    """The mean over rows of Σⱼ |hₙⱼ|.
+
+    Example:
+        >>> import torch, tiedfused
+        >>> layer, x = tiedfused.TiedLinear(8, 32, activation="relu"), torch.randn(5, 8)
+        >>> _, stats = layer(x, return_stats=True)
+        >>> torch.allclose(l1(stats), layer.encode(x).sum(1).mean())
+        True
+    """
     return stats.l1.mean()
 
 
@@ -58,6 +78,14 @@ def weighted_l1(stats: LatentStats, weight: Tensor, *, activation: str) -> Tenso
 
     Raises:
         ValueError: f takes negative values.
+
+    Example:
+        >>> import torch, tiedfused
+        >>> layer, x = tiedfused.TiedLinear(8, 32, activation="relu"), torch.randn(5, 8)
+        >>> _, stats = layer(x, return_stats=True)
+        >>> penalty = weighted_l1(stats, layer.weight, activation="relu")
+        >>> torch.allclose(penalty, (layer.encode(x) @ layer.weight.norm(dim=1)).mean())
+        True
     """
     if not get_activation(activation).non_negative:
         raise ValueError(
@@ -79,6 +107,13 @@ def kl_to_rate(mean: Tensor, rate: float) -> Tensor:
 
     Raises:
         ValueError: `rate` is not between 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> round(float(kl_to_rate(torch.full((10,), 0.05), 0.05)), 6) + 0  # all means are at the rate
+        0.0
+        >>> float(kl_to_rate(torch.full((10,), 0.5), 0.05)) > 1
+        True
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate: expected a number between 0 and 1, got {rate!r}")
@@ -92,6 +127,11 @@ def orthogonality(weight: Tensor) -> Tensor:
 
     For H > d it is computed as ‖WᵀW‖²_F − 2‖W‖²_F + H, so that the largest matrix is ``[min(H, d), min(H, d)]``. There
     nothing cancels: the value is at least H − d.
+
+    Example:
+        >>> import torch
+        >>> float(orthogonality(torch.eye(3, 5))), float(orthogonality(torch.eye(5, 3)))
+        (0.0, 2.0)
     """
     h, d = weight.shape
     weight = weight.to(stats_dtype(weight.dtype))

@@ -22,7 +22,15 @@ from tiedfused.reference import LatentStats
 
 @torch.no_grad()
 def l0(stats: LatentStats) -> Tensor:
-    """Active latents a row, on average: a scalar."""
+    """Active latents a row, on average: a scalar.
+
+    Example:
+        >>> import torch, tiedfused
+        >>> layer, x = tiedfused.TiedLinear(8, 32, activation="relu"), torch.randn(5, 8)
+        >>> _, stats = layer(x, return_stats=True)
+        >>> torch.equal(l0(stats), (layer.encode(x) > 0).sum(1).float().mean())
+        True
+    """
     return stats.l0.to(stats.l1.dtype).mean()
 
 
@@ -31,13 +39,25 @@ def explained_variance(y: Tensor, target: Tensor) -> Tensor:
     """1 − Σ (y − target)² / Σ (target − mean row)²: 1 is perfect, 0 is no better than the mean row. Both ``[..., d]``.
 
     The residual is not centred: a constant offset of y counts as an error.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(100, 3)
+        >>> float(explained_variance(x, x))
+        1.0
     """
     return 1 - losses.normalized_mse(y, target)
 
 
 @torch.no_grad()
 def dead_fraction(fired: Tensor) -> Tensor:
-    """The share of latents that fired on no row, a scalar. `fired` is ``LatentStats.fired`` or a sum of such."""
+    """The share of latents that fired on no row, a scalar. `fired` is ``LatentStats.fired`` or a sum of such.
+
+    Example:
+        >>> import torch
+        >>> float(dead_fraction(torch.tensor([0, 3, 0, 12])))
+        0.5
+    """
     return (fired == 0).float().mean()
 
 
@@ -51,6 +71,11 @@ def feature_density(fired: Tensor, rows: int) -> Tensor:
 
     Raises:
         ValueError: `rows` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> feature_density(torch.tensor([0, 3, 12]), rows=12)
+        tensor([0.0000, 0.2500, 1.0000])
     """
     if rows < 1:
         raise ValueError(f"rows: expected 1 or more, got {rows!r}")

@@ -37,6 +37,13 @@ class LatentStats(NamedTuple):
         l0: how many latents of a row are active, hₙⱼ ≠ 0 in x's dtype, ``[...]``, int64. A NaN counts as active.
         mean: Σₙ hₙⱼ / N, ``[H]``, dtype as l1, differentiable; NaN where there are no rows, as of `torch.mean`.
         fired: on how many rows a latent is active, ``[H]``, int64.
+
+    Example:
+        >>> import torch, tiedfused
+        >>> layer = tiedfused.TiedLinear(8, 32, activation="relu")
+        >>> y, stats = layer(torch.randn(5, 8), return_stats=True)
+        >>> [(name, tuple(t.shape)) for name, t in stats._asdict().items()]
+        [('l1', (5,)), ('l0', (5,)), ('mean', (32,)), ('fired', (32,))]
     """
 
     l1: Tensor
@@ -104,6 +111,12 @@ def tied_encode_decode(
 
     Returns:
         y ``[..., d]``; with `return_stats`, y and its `LatentStats`.
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.randn(5, 8), torch.randn(32, 8)
+        >>> torch.equal(tied_encode_decode(x, weight), (x @ weight.T).relu() @ weight)
+        True
     """
     h = encode(x, weight, bias_enc, activation=activation)
     y = decode(h, weight, bias_dec, output_activation=output_activation)
@@ -137,6 +150,14 @@ def gradients(
 
     Returns:
         x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]``, b̄_dec ``[d]``; of a bias that is None, what it would be.
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.randn(5, 8), torch.randn(32, 8, requires_grad=True)
+        >>> y = tied_encode_decode(x, weight)
+        >>> y.backward(torch.ones_like(y))
+        >>> torch.allclose(gradients(torch.ones_like(y), x, weight)[1], weight.grad, atol=1e-4)
+        True
     """
     f, g = get_activation(activation), get_activation(output_activation, "output_activation")
     a = pre_activation(x, weight, bias_enc)
