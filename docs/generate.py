@@ -1,13 +1,18 @@
 """Write the generated blocks of the pages in this folder; each stands between two comments that name this command.
 
-python docs/generate.py
+    python docs/generate.py
+
+What an example found is in data/, written by `python examples/NAME.py --docs`; its blocks here are made of that.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +21,7 @@ from tiedfused.planning import Plan
 from tiedfused.regimes import REGIMES
 
 FOLDER = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- python docs/generate.py: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- python docs/generate.py: ([\w.]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SHAPES = (
     (16384, 64, 16384),
     (16384, 128, 32768),
@@ -80,7 +85,25 @@ def environment() -> str:
     return "\n".join(line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")) + "\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"regimes": regimes, "environment": environment}
+def markdown(part: str | dict[str, Any]) -> str:
+    """A part of what an example shows: text as it is, or a table, its first columns left, the others right."""
+    if isinstance(part, str):
+        return part + "\n"
+    left, right = part["text_columns"], len(part["columns"]) - part["text_columns"]
+    cells = [part["columns"], ["---"] * left + ["---:"] * right, *part["rows"]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in cells)
+
+
+def blocks() -> dict[str, Callable[[], str]]:
+    """Every block by its name; those of an example are named ``example.part``, of what its --docs wrote to data/."""
+    found: dict[str, Callable[[], str]] = {"regimes": regimes, "environment": environment}
+    for path in sorted((FOLDER / "data").glob("*.json")):
+        for name, part in json.loads(path.read_text(encoding="utf-8"))["shown"].items():
+            found[f"{path.stem}.{name}"] = functools.partial(markdown, part)
+    return found
+
+
+BLOCKS = blocks()
 
 
 def rendered(page: str) -> str:
@@ -90,9 +113,9 @@ def rendered(page: str) -> str:
 
 def pages() -> list[Path]:
     """Those that have generated blocks."""
-    return [page for page in sorted(FOLDER.glob("*.md")) if BLOCK.search(page.read_text())]
+    return [page for page in sorted(FOLDER.glob("*.md")) if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 if __name__ == "__main__":
     for path in pages():
-        path.write_text(rendered(path.read_text()))
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
