@@ -121,10 +121,15 @@ def test_environment(variable: str, value: str, message: str) -> None:
 
 def test_environment_is_read() -> None:
     found = settings.Settings.from_environment(
-        {"TIEDFUSED_REGIME": "Tiled", "TIEDFUSED_RECOMPUTE": "1", "TIEDFUSED_WORKSPACE_MIB": "1.5"}
+        {
+            "TIEDFUSED_REGIME": "Tiled",
+            "TIEDFUSED_RECOMPUTE": "1",
+            "TIEDFUSED_WORKSPACE_MIB": "1.5",
+            "TIEDFUSED_CONFIG_DIR": "/tiles",
+        }
     )
-    assert found == settings.Settings("tiled", True, 3 * settings.MIB // 2, False)
-    assert settings.Settings.from_environment({}) == settings.Settings()
+    assert found == settings.Settings("tiled", True, 3 * settings.MIB // 2, False, "/tiles")
+    assert settings.Settings.from_environment({"TIEDFUSED_CONFIG_DIR": ""}) == settings.Settings()
 
 
 @pytest.mark.parametrize(

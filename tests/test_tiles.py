@@ -58,6 +58,18 @@ def test_order(folders: tuple[Path, Path]) -> None:
     assert found(d=200)[1] == "heuristic"
 
 
+def test_an_entry_for_wider_rows_serves_where_no_config_has_the_width(folders: tuple[Path, Path]) -> None:
+    user, packaged = folders
+    wider, exact = (
+        {"forward": {"2": {key: list(astuple(tile))}}} for key, tile in (("256", TILES[0]), ("64", TILES[1]))
+    )
+    config(user / "sm90.json", None, tiles=wider)
+    config(packaged / "sm90.json", None, tiles=exact)
+    assert found(d=64) == (TILES[1], "configs/sm90.json")
+    assert found(d=100) == (TILES[0], f"user config {user / 'sm90.json'}, block_d 256")
+    assert found(d=512)[1] == "heuristic"
+
+
 @pytest.mark.parametrize(
     ("tile", "changes", "says"),
     [

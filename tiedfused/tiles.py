@@ -39,10 +39,10 @@ _MIN_BLOCK = 16
 _MIN_BLOCK_LATENT = 64  # the rows of a wgmma or tcgen05 instruction
 _ADDRESSING_REGISTERS = 24
 _BARRIER_BYTES = 1024
-# kernel → compute capabilities of its warp-specialised form; for the others Triton 3.6 has none, or fails to compile it
-_WARP_SPECIALIZED = {"forward": (90, 100), "weight_grad": (90,)}
 _CONFIGS = Path(__file__).with_name("configs")
 NOT_MEASURED = "interpreter"  # how the status of a config starts that must not be used: its times are no GPU's
+# kernel → compute capabilities of its warp-specialised form; for the others Triton 3.6 has none, or fails to compile it
+_WARP_SPECIALIZED = {"forward": (90, 100), "weight_grad": (90,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def block_h(h: int) -> int:
 
 
 def padded(kernel: str, size: int) -> tuple[int, ...]:
-    """The widths in which `kernel` holds the size that it holds whole: d, or H in the bottleneck regime."""
+    """The tiles that hold what `kernel` holds whole, of `size` elements: d, or H in the bottleneck regime."""
     return (block_h(size),) if kernel in BOTTLENECK_KERNELS else block_d(size)
 
 
@@ -442,8 +442,8 @@ def config_name(gpu: str) -> str:
 def _tables(
     table: str, kernel: str, dtype: str, capability: int, user_dir: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """What the configs hold of a kernel in `table` by `config_key`, and where: the user's first, for the exact GPU and
-    for the architecture, then the packaged ones likewise.
+    """key → entry of every config that has a `table` for the kernel and dtype, and which config: the user's first, for
+    the exact GPU and for the architecture, then the packaged ones likewise.
     """
     names = [name for name in (_gpu(capability), f"sm{capability}") if name is not None]
     users = [Path(user_dir, f"{name}.json") for name in names] if user_dir else []
@@ -452,6 +452,17 @@ def _tables(
     for source, file in sources:
         by_itemsize = (_config(file) or {}).get(table, {}).get(kernel, {})
         yield by_itemsize.get(str(_ITEMSIZE[dtype]), {}), source
+
+
+def _entries(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> Iterator[tuple[Any, str]]:
+    """The tiles that configs hold for the size; after them those for wider rows, which fit these too."""
+    wanted = config_key(kernel, size)
+    tables = list(_tables("tiles", kernel, dtype, capability, user_dir))
+    yield from ((entries[wanted], source) for entries, source in tables if wanted in entries)
+    for entries, source in tables:
+        wider = (key for key in entries if wanted.isdigit() and key.isdigit() and int(key) > int(wanted))
+        if (key := min(wider, key=int, default=None)) is not None:
+            yield entries[key], f"{source}, block_d {key}"
 
 
 def _shrunk(kernel: str, tile: AnyTile) -> AnyTile | None:
@@ -498,9 +509,9 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
 
     Returns:
         The tile, and where it comes from, the first of: a user's config in `Settings.config_dir`, the packaged config
-        of the present GPU by its name, the packaged config of the architecture, each likewise with an entry for wider
-        rows, then named, where there is none for these; a heuristic that starts from a large tile and shrinks it until
-        it fits. A file is read once in a process.
+        of the present GPU by its name, the packaged config of the architecture; where none has the width, an entry for
+        wider rows, then named, in the same order; a heuristic that starts from a large tile and shrinks it until it
+        fits. A file is read once in a process.
 
     Raises:
         ValueError: the dtype is another one, or no tile fits the architecture.
@@ -512,22 +523,18 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
 def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[AnyTile, str]:
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
-    itemsize, widths, wanted = _ITEMSIZE[dtype], padded(kernel, size), config_key(kernel, size)
-    found_in = list(_tables("tiles", kernel, dtype, capability, user_dir))
-    wider = {key for by_key, _ in found_in for key in by_key if key.isdigit() and int(key) > sum(widths)}
-    for key in (wanted, *sorted(wider, key=int)):  # what fits wider rows fits these
-        for by_key, source in found_in:
-            if key not in by_key:
-                continue
-            try:
-                found: AnyTile = _TILES[kernel](*by_key[key])
-                if isinstance(found, Tile) and found.warp_specialize and size * itemsize % 16:
-                    found = found.plain()
-                    source += ", not warp-specialised: TMA reads rows of a multiple of 16 bytes"
-                check_tile(kernel, found, widths, itemsize, capability)
-                return found, source if key == wanted else f"{source}, block_d {key}"
-            except (TypeError, ValueError) as error:
-                warnings.warn(f"{source}: {kernel}, itemsize {itemsize}, size {key}: not used: {error}", stacklevel=3)
+    itemsize, widths = _ITEMSIZE[dtype], padded(kernel, size)
+    for entry, source in _entries(kernel, size, dtype, capability, user_dir):
+        try:
+            tile: AnyTile = _TILES[kernel](*entry)
+            if isinstance(tile, Tile) and tile.warp_specialize and size * itemsize % 16:
+                tile, source = tile.plain(), f"{source}, not warp-specialised: TMA reads rows of a multiple of 16 bytes"
+            check_tile(kernel, tile, widths, itemsize, capability)
+            return tile, source
+        except (TypeError, ValueError) as error:
+            warnings.warn(
+                f"{source}: {kernel}, itemsize {itemsize}, size {sum(widths)}: not used: {error}", stacklevel=3
+            )
 
     refusal: ValueError | None = None
     for tile in _guesses(kernel, sum(widths)):
@@ -545,10 +552,12 @@ def measured_efficiency(kernel: str, size: int, dtype: str, capability: int, use
     """The fraction of the device's peak that a config says `kernel` reached, and where it says so; `tiedfused tune`
     writes it. Arguments and the order of the configs are those of `lookup`, `user_dir` is `Settings.config_dir`.
     """
-    for by_key, source in _tables("efficiency", kernel, dtype, capability, user_dir):
-        entry = by_key.get(config_key(kernel, size))
+    key = config_key(kernel, size)
+    for entries, source in _tables("efficiency", kernel, dtype, capability, user_dir):
+        entry = entries.get(key)
+        if entry is None:
+            continue
         if isinstance(entry, float) and entry > 0:
             return entry, source
-        if entry is not None:
-            warnings.warn(f"{source}: {kernel}: efficiency not used: got {entry!r}; expected a fraction", stacklevel=3)
+        warnings.warn(f"{source}: {kernel}: efficiency not used: got {entry!r}; expected a fraction", stacklevel=3)
     return None

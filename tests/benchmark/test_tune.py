@@ -17,7 +17,7 @@ from tiedfused.benchmark.kernels import planned
 from tiedfused.benchmark.shapes import LISTS, Shape
 from tiedfused.cli import app
 from tiedfused.planning import make_plan, plan
-from tiedfused.tiles import FEW_ROWS_KERNELS, KERNELS, check_tile, lookup, padded
+from tiedfused.tiles import FEW_ROWS_KERNELS, KERNELS, check_tile, lookup, packaged, padded
 
 RUN = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
 
@@ -31,6 +31,8 @@ def test_candidates_fit_and_hold_what_is_shipped(kernel: str, size: int) -> None
     assert shipped in found
     for tile in found:
         check_tile(kernel, tile, padded(kernel, size), 2, 90)
+    named = [one.tile for one in packaged() if one.candidate and one[:4] == (kernel, 90, 2, str(size))]
+    assert found[: len(named)] == named, "what is packaged to be tried comes first"
     assert len(found) < len(list(tune._space(kernel, shipped, sum(padded(kernel, size))))), "the resource model prunes"
 
 

@@ -30,7 +30,7 @@ from tiedfused.benchmark.measure import UNCALIBRATED, relative_error
 from tiedfused.benchmark.peers import Operands
 from tiedfused.benchmark.shapes import Shape, parse_all
 from tiedfused.devices import cuda_capability, interpreting, known_capability
-from tiedfused.tiles import NOT_MEASURED, AnyTile, GemmTile, LatentTile, Tile, check_tile, config_key, padded
+from tiedfused.tiles import NOT_MEASURED, AnyTile, GemmTile, LatentTile, Tile, check_tile, config_key, packaged, padded
 
 DTYPES = ("bfloat16",)
 CALLS = 8  # timed launches of a candidate at a time
@@ -54,17 +54,26 @@ def _space(kernel: str, before: AnyTile, width: int) -> Iterator[AnyTile]:
         assert isinstance(before, Tile)
         rows = int(kernel.rpartition("_")[2]) if kernel in tiles.FEW_ROWS_KERNELS else 256
         blocks = {"block_n": _powers(16, rows), "block_h": _powers(16, 256)}
-    ranges: dict[str, list[Any]] = {**blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]}
+    ranges = {**blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]}
     if isinstance(before, Tile):
         ranges["warp_specialize"] = [False, True]
     for values in itertools.product(*ranges.values()):
-        yield dataclasses.replace(before, **dict(zip(ranges, values, strict=True)))
+        yield dataclasses.replace(before, **dict(zip(ranges, values, strict=True)))  # type: ignore[arg-type]
 
 
 def candidates(kernel: str, before: AnyTile, size: int, itemsize: int, capability: int) -> list[AnyTile]:
-    """The tiles that the resource model lets run; `size` is d, or H in the bottleneck regime."""
-    fitting = []
-    for tile in _space(kernel, before, sum(padded(kernel, size))):
+    """The tiles that the resource model lets run, in random order, after those that are packaged to be tried.
+
+    The order is random so that a search that runs out of time has seen tiles of every kind. `size` is d, or H in the
+    bottleneck regime.
+    """
+    index = (kernel, capability, itemsize, config_key(kernel, size))
+    fitting = [one.tile for one in packaged() if one.candidate and one[:4] == index]
+    space = list(_space(kernel, before, sum(padded(kernel, size))))
+    random.Random(0).shuffle(space)
+    for tile in space:
+        if tile in fitting:
+            continue
         try:
             check_tile(kernel, tile, padded(kernel, size), itemsize, capability)
         except ValueError:
@@ -179,14 +188,10 @@ class _Kernel:
 
 
 def search(one: _Kernel, budget: float) -> Found:
-    """The fastest tile of a kernel: all candidates once, in random order, then the best ones interleaved.
-
-    The order is random so that a search that runs out of time has seen tiles of every kind.
-    """
+    """The fastest tile of a kernel: all candidates once, then the best ones interleaved."""
     begin = time.perf_counter()
     before: Any = one.planned().one.tile
     space = candidates(one.kernel, before, one.size, one.dtype.itemsize, one.capability)
-    random.Random(0).shuffle(space)
     once = 1 if interpreting() else CALLS
     times: dict[AnyTile, float] = {}
     tried = 0
