@@ -172,6 +172,21 @@ def regime_plan(p: Plan, regime: str) -> Plan:
         return plan(p.n, p.d, p.h, dtype=p.dtype, device=p.device, grad=p.request.grad)
 
 
+@pytest.mark.parametrize("shape", [(4096, 784, 64), (2048, 17768, 512), (1, 8, 8)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_latent_no_wider_than_x_is_one_tile(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Nothing is summed over tiles, and the buffers hold no more than x does."""
+    n, d, h = shape
+    p = plan(*shape, dtype=dtype)
+    for one in p.passes:
+        assert isinstance(one.tile, TorchTile)
+        assert (one.tile.block_n, one.tile.block_h) == (n, h)
+        assert one.workspace_bytes <= (4 * n * h + h * d) * dtype.itemsize
+    (wider,) = plan(4096, 64, 128, dtype=dtype, grad=False).passes
+    (larger,) = plan(1 << 20, 784, 64, dtype=dtype, grad=False).passes
+    assert wider.tile.block_n == 4096 and larger.tile.block_n < 1 << 20
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("shape", [(16384, 784, 64), (128, 17768, 512), (1000, 100_000, 200)])
 def test_a_small_latent_stays_on_chip(shape: tuple[int, int, int], capability: int) -> None:

@@ -29,6 +29,19 @@ def _blas_outer(a: Tensor, b: Tensor) -> Tensor:
     return a.t() @ b
 
 
+def _blas_linear_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> None:
+    if bias is None:
+        torch.mm(a, b.t(), out=out)
+    else:
+        torch.addmm(bias, a, b.t(), out=out)
+    if f is not IDENTITY:
+        out.copy_((f.in_place or f.forward)(out))
+
+
+def _blas_add_outer(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return total.addmm_(a.t(), b)
+
+
 def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise.default
     if f.onednn is None:
@@ -40,24 +53,45 @@ def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> 
 def _onednn_outer(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.bfloat16:  # PyTorch's own product is oneDNN's here, and takes transposes as they are
         return a.t() @ b
-    # the transpose of what is asked for, since only the second operand may be a transposed view; copying the first
-    # is 5 to 20% faster than leaving that to oneDNN
+    # only the second operand may be a transposed view; copying the first is 5 to 20% faster than leaving that to oneDNN
+    if a.shape[1] < b.shape[1]:
+        return _onednn_linear(a.t().contiguous(), b.t(), None, IDENTITY)
     return _onednn_linear(b.t().contiguous(), a.t(), None, IDENTITY).t()
 
 
+def _onednn_linear_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, f: Activation) -> None:
+    if a.dtype == torch.bfloat16:
+        _blas_linear_into(out, a, b, bias, f)
+    else:
+        out.copy_(_onednn_linear(a, b, bias, f))
+
+
+def _onednn_add_outer(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.bfloat16:
+        return _blas_add_outer(total, a, b)
+    return total.add_(_onednn_outer(a, b))
+
+
 class _Products(NamedTuple):
-    """The two products of the layer, by one library.
+    """The products of the layer, by one library.
 
     Args:
         linear: ``(a [M, K], b [N, K], bias [N] | None, f) -> f(a bᵀ + bias) [M, N]``.
+        linear_into: ``(out [M, N], a, b, bias, f)``, the same into `out`.
         outer: ``(a [K, M], b [K, N]) -> aᵀ b [M, N]``.
+        add_outer: ``(total [M, N], a [K, M], b [K, N]) -> total + aᵀ b``, in place.
     """
 
     linear: Callable[[Tensor, Tensor, Tensor | None, Activation], Tensor]
+    linear_into: Callable[[Tensor, Tensor, Tensor, Tensor | None, Activation], None]
     outer: Callable[[Tensor, Tensor], Tensor]
+    add_outer: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-_PRODUCTS = {"blas": _Products(_blas_linear, _blas_outer), "onednn": _Products(_onednn_linear, _onednn_outer)}
+_PRODUCTS = {
+    "blas": _Products(_blas_linear, _blas_linear_into, _blas_outer, _blas_add_outer),
+    "onednn": _Products(_onednn_linear, _onednn_linear_into, _onednn_outer, _onednn_add_outer),
+}
 
 
 def _encode(
@@ -150,12 +184,18 @@ def forward(
     biases = _rows(bias_enc, tile.block_h) if bias_enc is not None else [None] * len(weights)
     y = x.new_empty(n, plan.d)
     for i, (x_i, y_i) in enumerate(zip(_rows(x, tile.block_n), _rows(y, tile.block_n), strict=True)):
-        sum_y = _sum_for(y_i)
+        sum_y = None if len(weights) == 1 else _sum_for(y_i)
         for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
             block = blocks[i][j] if blocks is not None else None
             tile_stats = _tile_stats(stats, tile, i, j) if stats is not None else None
-            _forward_tile(products, f, x_i, w_j, b_j, bias_dec if j == 0 else None, block, tile_stats, sum_y, j == 0)
-        y_i.copy_(g.forward(sum_y))
+            latent = _latent_tile(products, f, x_i, w_j, b_j, block, tile_stats)
+            if sum_y is None:
+                products.linear_into(y_i, latent, w_j.t(), bias_dec, g)
+            else:
+                _add(sum_y, products.linear(latent, w_j.t(), bias_dec if j == 0 else None, IDENTITY), j == 0)
+            del latent  # before the next tile is made
+        if sum_y is not None:
+            y_i.copy_(g.forward(sum_y))
     return y, kept
 
 
@@ -166,25 +206,22 @@ def _tile_stats(stats: LatentStats, tile: TorchTile, i: int, j: int) -> LatentSt
     return LatentStats(stats.l1[rows], stats.l0[rows], stats.mean[latents], stats.fired[latents])
 
 
-def _forward_tile(
+def _latent_tile(
     products: _Products,
     f: Activation,
     x: Tensor,
     weight: Tensor,
     bias_enc: Tensor | None,
-    bias_dec: Tensor | None,
     block: Tensor | None,
     stats: LatentStats | None,
-    sum_y: Tensor,
-    first: bool,
-) -> None:
-    """Add one tile's part to the sum of y; a function, so that the tile is freed before the next is made."""
+) -> Tensor:
+    """One tile of h, kept in `block` and counted in `stats`."""
     h, saved = _encode(products, x, weight, bias_enc, f)
     if block is not None:
         block.copy_(saved)
     if stats is not None:
         _add_stats(h, stats)
-    _add(sum_y, products.linear(h, weight.t(), bias_dec, IDENTITY), first)
+    return h
 
 
 def backward(
@@ -211,8 +248,8 @@ def backward(
     if plan.stats:
         grad_l1, grad_total = (None if t is None else t.to(x.dtype) for t in (grad_l1, grad_total))
     n, h = x.shape[0], plan.h
-    if n <= tile.block_n and h <= tile.block_h and tile.products == "blas":
-        return _one_tile_backward(grad_z, x, weight, bias_enc, latent, f, needs, grad_l1, grad_total)
+    if n <= tile.block_n and h <= tile.block_h:
+        return _one_tile_backward(products, grad_z, x, weight, bias_enc, latent, f, needs, grad_l1, grad_total)
 
     if need_x and n > tile.block_n and len(plan.backward.passes) == 2:  # x̄ apart: only a tile's rows of it are summed
         kept = [None] * n if latent is None else latent.view(-1).split(tile.block_n * h)
@@ -232,7 +269,7 @@ def backward(
     grad_x = x.new_empty(x.shape) if need_x else None
     grad_weight = weight.new_empty(weight.shape) if need_weight else None
     grad_bias = weight.new_empty(h) if need_bias else None
-    sum_x = _sum_for(grad_x) if grad_x is not None else None
+    sum_x = grad_x if grad_x is None or len(weights) == 1 else _sum_for(grad_x)
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)
         sum_weight = None
@@ -259,7 +296,7 @@ def backward(
             grad_weight[h_j] = sum_weight
         if grad_bias is not None and sum_bias is not None:
             grad_bias[h_j] = sum_bias
-    if grad_x is not None and sum_x is not None:
+    if grad_x is not None and sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
 
@@ -296,7 +333,9 @@ def _backward_tile(
     del saved  # where it is the pre-activation, nothing needs it any more
     if sum_bias is not None:
         _add(sum_bias, grad_a.sum(0), first_rows)
-    if sum_x is not None:
+    if sum_x is not None and first_latents and sum_x.dtype == grad_a.dtype:
+        products.linear_into(sum_x, grad_a, weight.t(), None, IDENTITY)
+    elif sum_x is not None:
         _add(sum_x, products.linear(grad_a, weight.t(), None, IDENTITY), first_latents)
     if not need_weight:
         return None
@@ -307,6 +346,7 @@ def _backward_tile(
 
 
 def _one_tile_backward(
+    products: _Products,
     grad_z: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -320,16 +360,16 @@ def _one_tile_backward(
     """`backward` without its loops and accumulators, whose host time is more than a small problem's arithmetic."""
     need_x, need_weight, need_bias = needs
     if latent is None:
-        h, saved = _encode(_PRODUCTS["blas"], x, weight, bias_enc, f)
+        h, saved = _encode(products, x, weight, bias_enc, f)
     else:
         saved = latent.view(x.shape[0], weight.shape[0])
         h = saved if f.from_output else f.forward(saved)
-    grad_h = F.linear(grad_z, weight, grad_total)
+    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
     if grad_l1 is not None:
         grad_h.addcmul_(h.sgn(), grad_l1[:, None])
     grad_a = f.backward(grad_h, saved)
     return (
-        grad_a @ weight if need_x else None,
-        (grad_a.t() @ x).addmm_(h.t(), grad_z) if need_weight else None,
+        products.linear(grad_a, weight.t(), None, IDENTITY) if need_x else None,
+        products.add_outer(products.outer(grad_a, x), h, grad_z) if need_weight else None,
         grad_a.sum(0) if need_bias else None,
     )
