@@ -68,7 +68,7 @@ class Task:
 
 TASKS = [
     *(Task(digits, width, "linear") for digits in (SMALL, LARGE) for width in (32, 128)),
-    Task(LARGE, 128, "sigmoid"),
+    *(Task(digits, 128, "sigmoid") for digits in (SMALL, LARGE)),
 ]
 
 
