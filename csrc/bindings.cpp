@@ -1,0 +1,89 @@
+// torch.ops.tiedfused.few_rows on the CPU, on the LibTorch stable ABI: one shared object for every torch ≥ 2.11.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/few_rows.h"
+#include "operands.h"
+
+namespace tiedfused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+cpu::Dtype cpu_dtype(ScalarType type) {
+  return type == ScalarType::Float      ? cpu::Dtype::float32
+         : type == ScalarType::BFloat16 ? cpu::Dtype::bfloat16
+                                        : cpu::Dtype::float16;
+}
+
+// y [N, d] of x [N, d], N ≤ 64. `isa` names the kernel's build, none: the best that runs here.
+Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::optional<Tensor> bias_dec,
+                std::string activation, std::string output_activation, std::optional<std::string> isa) {
+  check_operands(x, weight, bias_enc, bias_dec);
+  const cpu::Kernel* kernel = cpu::find_kernel(isa.has_value() ? isa->c_str() : nullptr);
+  STD_TORCH_CHECK(kernel != nullptr, "isa: no kernel '", isa.value_or(""), "' runs on this CPU");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const cpu::Problem problem{
+      cpu_dtype(x.scalar_type()),
+      x.size(0),
+      x.size(1),
+      weight.size(0),
+      x.const_data_ptr(),
+      x.stride(0),
+      weight.const_data_ptr(),
+      weight.stride(0),
+      bias_enc.has_value() ? bias_enc->const_data_ptr() : nullptr,
+      bias_dec.has_value() ? bias_dec->const_data_ptr() : nullptr,
+      y.mutable_data_ptr(),
+      activation_of("activation", activation),
+      activation_of("output_activation", output_activation),
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, threads));
+  Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  cpu::few_rows(*kernel, problem, threads, workspace.mutable_data_ptr(),
+                [](int64_t count, cpu::Body body, void* context) {
+                  torch::stable::parallel_for(
+                      0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+                });
+  return y;
+}
+
+// What this shared object holds, one "key: value" a line.
+std::string native_info() {
+  std::string info = "cpu: ";
+  info += cpu::find_kernel()->name;
+  info += "\ncuda: ";
+#ifdef TIEDFUSED_WITH_CUDA
+  info += "yes";
+#else
+  info += "no";
+#endif
+  info += "\nactivations:";
+#define X(name, formula) info += " " #name;
+  TIEDFUSED_ACTIVATIONS(X)
+#undef X
+  return info;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tiedfused, m) {
+  m.def(
+      "few_rows(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, str output_activation, "
+      "str? isa=None) -> Tensor");
+  m.def("native_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tiedfused, CPU, m) { m.impl("few_rows", TORCH_BOX(&few_rows)); }
+
+STABLE_TORCH_LIBRARY_IMPL(tiedfused, CompositeExplicitAutograd, m) { m.impl("native_info", TORCH_BOX(&native_info)); }
+
+}  // namespace tiedfused

@@ -1,0 +1,124 @@
+#include "few_rows.h"
+
+#include <cstring>
+
+#include "numbers.h"
+
+namespace tiedfused::cpu {
+namespace {
+
+constexpr std::size_t kItemsize[] = {4, 2, 2};
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns; }
+
+// The workspace: a row of zeros, the copy of x, and every thread's part of y.
+struct Workspace {
+  char* zeros;
+  char* x;
+  float* parts;
+  std::size_t bytes;
+
+  Workspace(const Problem& p, int64_t parts_count, void* memory) {
+    const std::size_t row = sizeof(float) * padded(p.d);
+    zeros = static_cast<char*>(memory);
+    x = zeros + aligned(row);
+    parts = reinterpret_cast<float*>(x + p.n * row);
+    bytes = aligned(row) + p.n * row + parts_count * p.n * row;
+  }
+};
+
+template <typename To, typename From>
+void copy_x(const Problem& p, void* to) {
+  const int64_t width = padded(p.d);
+  for (int64_t i = 0; i < p.n; ++i) {
+    const From* row = static_cast<const From*>(p.x) + i * p.x_stride;
+    To* out = static_cast<To*>(to) + i * width;
+    for (int64_t k = 0; k < p.d; ++k) {
+      if constexpr (sizeof(To) == sizeof(From)) {
+        out[k] = row[k];
+      } else {
+        out[k] = widen(row[k]);
+      }
+    }
+    std::memset(static_cast<void*>(out + p.d), 0, (width - p.d) * sizeof(To));
+  }
+}
+
+template <typename T>
+void combine(const Problem& p, const float* parts, int64_t count, int64_t begin, int64_t end) {
+  const int64_t width = padded(p.d);
+  const T* bias = static_cast<const T*>(p.bias_dec);
+  constexpr int kChunk = 256;
+  float z[kChunk];
+  for (int64_t chunk = begin; chunk < end; ++chunk) {  // chunks of kChunk columns, row after row
+    const int64_t chunks = (p.d + kChunk - 1) / kChunk, i = chunk / chunks, k = chunk % chunks * kChunk;
+    const int size = static_cast<int>(p.d - k < kChunk ? p.d - k : kChunk);
+    for (int c = 0; c < size; ++c) z[c] = bias == nullptr ? 0.0f : widen(bias[k + c]);
+    for (int64_t part = 0; part < count; ++part) {
+      const float* sum = parts + (part * p.n + i) * width + k;
+      for (int c = 0; c < size; ++c) z[c] += sum[c];
+    }
+    activate(p.output_activation, z, size);
+    T* y = static_cast<T*>(p.y) + i * p.d + k;
+    for (int c = 0; c < size; ++c) y[c] = narrow<T>(z[c]);
+  }
+}
+
+}  // namespace
+
+const Kernel* find_kernel(const char* name) {
+  static const Kernel* const kernels[] = {
+#if defined(__x86_64__)
+      &kAvx512Bf16, &kAvx512, &kAvx2,
+#endif
+      &kPortable};
+  for (const Kernel* kernel : kernels) {
+    if (kernel->runs_here() && (name == nullptr || std::strcmp(name, kernel->name) == 0)) return kernel;
+  }
+  return nullptr;
+}
+
+std::size_t workspace_bytes(const Problem& p, int64_t parts) { return Workspace(p, parts, nullptr).bytes; }
+
+void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memory, ParallelFor parallel_for) {
+  const int dtype = static_cast<int>(p.dtype);
+  const auto& of = kernel.of[dtype];
+  const Workspace workspace(p, parts, memory);
+  std::memset(workspace.zeros, 0, kItemsize[dtype] * p.d);
+  if (p.dtype == Dtype::float32) copy_x<float, float>(p, workspace.x);
+  if (p.dtype == Dtype::bfloat16 && of.copies_x_as_float) copy_x<float, bfloat16>(p, workspace.x);
+  if (p.dtype == Dtype::bfloat16 && !of.copies_x_as_float) copy_x<bfloat16, bfloat16>(p, workspace.x);
+  if (p.dtype == Dtype::float16) copy_x<float, float16>(p, workspace.x);
+
+  struct Context {
+    const Problem& p;
+    const Workspace& workspace;
+    Part part;
+    int64_t parts;
+  } context{p, workspace, of.part, parts};
+
+  parallel_for(
+      parts,
+      [](int64_t begin, int64_t end, void* pointer) {
+        const auto& c = *static_cast<Context*>(pointer);
+        for (int64_t i = begin; i < end; ++i) {
+          float* sum = c.workspace.parts + i * c.p.n * padded(c.p.d);
+          c.part(c.p, c.workspace.x, c.workspace.zeros, c.p.h * i / c.parts, c.p.h * (i + 1) / c.parts, sum);
+        }
+      },
+      &context);
+  parallel_for(
+      p.n * ((p.d + 255) / 256),
+      [](int64_t begin, int64_t end, void* pointer) {
+        const auto& c = *static_cast<Context*>(pointer);
+        const auto combine_of = c.p.dtype == Dtype::float32    ? combine<float>
+                                : c.p.dtype == Dtype::bfloat16 ? combine<bfloat16>
+                                                               : combine<float16>;
+        combine_of(c.p, c.workspace.parts, c.parts, begin, end);
+      },
+      &context);
+}
+
+}  // namespace tiedfused::cpu

@@ -1,0 +1,65 @@
+// y = g(f(x Wᵀ + b_enc) W + b_dec) for a few rows of x on the CPU, W read from memory once. No torch headers.
+//
+// H is cut into one range of W's rows a thread. A thread takes its rows a block at a time: the block's latents for every
+// row of x, then, while the block is still in cache, its part of y. The parts are added up in the order of the threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../activations.h"
+
+namespace tiedfused::cpu {
+
+constexpr int64_t kMaxRows = 64;        // of x
+constexpr int64_t kColumns = 64;      // rows of x and of y's parts are padded to a multiple of this in the workspace
+constexpr std::size_t kAlignment = 64;  // bytes
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// Operands in `dtype`, the last dimension contiguous; strides in elements; biases may be null.
+struct Problem {
+  Dtype dtype;
+  int64_t n, d, h;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  int64_t weight_stride;
+  const void* bias_enc;
+  const void* bias_dec;
+  void* y;  // [n, d], contiguous
+  Activation activation, output_activation;
+};
+
+// One thread's share: rows [begin, end) of W. `x` is the padded copy of x; `sum` [n, d padded] in fp32 is overwritten
+// with the share's part of y; `zeros` is a row of d zeros in `dtype`.
+using Part = void (*)(const Problem&, const void* x, const void* zeros, int64_t begin, int64_t end, float* sum);
+
+// The kernel as built for one instruction set.
+struct Kernel {
+  const char* name;
+  bool (*runs_here)();
+  struct {
+    Part part;
+    bool copies_x_as_float;  // else in the problem's dtype
+  } of[3];                   // by Dtype
+};
+
+extern const Kernel kPortable;
+#if defined(__x86_64__)
+extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+// The best kernel that runs here, or the one of that name; null if there is none such.
+const Kernel* find_kernel(const char* name = nullptr);
+
+// Bytes that `few_rows` needs, aligned to kAlignment.
+std::size_t workspace_bytes(const Problem&, int64_t parts);
+
+// Runs f(begin, end) over pieces of [0, count) in any order, on any threads, and waits for all.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, Body, void* context);
+
+void few_rows(const Kernel&, const Problem&, int64_t parts, void* workspace, ParallelFor);
+
+}  // namespace tiedfused::cpu

@@ -1,0 +1,45 @@
+// The kernel for AVX2, FMA and F16C: 16 registers of eight floats.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace tiedfused::cpu {
+namespace {
+constexpr int kLanes = 8;
+struct Tiles {
+  static constexpr int kEncodeX = 3, kEncodeW = 4, kDecodeX = 4, kColumnVectors = 2;
+};
+}  // namespace
+}  // namespace tiedfused::cpu
+
+#include "few_rows_vectors.h"
+
+namespace tiedfused::cpu {
+namespace {
+inline Floats widen_float16(const float16* from) { return _mm256_cvtph_ps(load_as<__m128i>(from)); }
+}  // namespace
+
+const Kernel kAvx2 = {
+    "avx2",
+    [] {
+      return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+             __builtin_cpu_supports("f16c") != 0;
+    },
+    {{part<Ops<float>, float>, true}, {part<Ops<bfloat16>, bfloat16>, true}, {part<Ops<float16>, float16>, true}}};
+
+}  // namespace tiedfused::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

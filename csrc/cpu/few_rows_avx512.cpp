@@ -1,0 +1,45 @@
+// The kernel for AVX-512: 32 registers of sixteen floats.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+
+namespace tiedfused::cpu {
+namespace {
+constexpr int kLanes = 16;
+struct Tiles {
+  static constexpr int kEncodeX = 4, kEncodeW = 4, kDecodeX = 4, kColumnVectors = 4;
+};
+}  // namespace
+}  // namespace tiedfused::cpu
+
+#include "few_rows_vectors.h"
+
+namespace tiedfused::cpu {
+namespace {
+inline Floats widen_float16(const float16* from) { return _mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from)); }
+}  // namespace
+
+const Kernel kAvx512 = {
+    "avx512",
+    [] {
+      return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+             __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+    },
+    {{part<Ops<float>, float>, true}, {part<Ops<bfloat16>, bfloat16>, true}, {part<Ops<float16>, float16>, true}}};
+
+}  // namespace tiedfused::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

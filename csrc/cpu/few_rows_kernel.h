@@ -1,0 +1,204 @@
+// The kernel, once for every instruction set: each few_rows_<isa>.cpp names its set, includes this file, and describes
+// its registers in an `Ops<T>` for every storage type T:
+//
+//   Copy            what x's copy and the latents are stored as
+//   Vector          fp32 accumulators; Operand: what is multiplied
+//   kStep           elements of a row in one Operand
+//   kPair           rows of W in one Operand of the decode product: 1, or 2 where an instruction adds two products
+//   kColumnVectors  Vectors across one decode tile, kTile = kColumnVectors × lanes columns wide
+//   kEncodeX × kEncodeW, kDecodeX × kColumnVectors   accumulators of the two inner loops; they have to fit the registers
+//   load(T*), load(Copy*), multiply_add(Operand, Operand, Vector), sum(Vector)
+//   columns(rows, k, out)   columns [k, k + kTile) of kPair rows of W, as kColumnVectors Operands
+//   broadcast(latents)      kPair latents in every lane
+//
+// Everything is in an anonymous namespace and calls no inline function of another library: a function with external
+// linkage, compiled here for AVX-512, could be the copy that the linker keeps for every caller.
+#pragma once
+
+#include "few_rows.h"
+#include "numbers.h"
+
+namespace tiedfused::cpu {
+namespace {
+
+constexpr int kBlock = 32;  // most rows of W at a time
+// Few rows of x are bound by reading W, more by the products. GB/s of W at N 1 with blocks of 8 and 32, fp32 and bf16, d
+// 2304: 37 and 33 against 31 and 32, of 38 that a plain sum reads; at N 16 they are 11 to 16 against 14 to 17.
+constexpr int kSmallBlock = 12;
+constexpr int kRowsOfSmallBlock = 4;
+// A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
+constexpr int64_t kBlockBytes = 320 << 10;
+// The encode product goes over W's columns in panels, so that kEncodeX rows of x stay in L1 while the block's rows pass:
+// without panels it ran at two thirds of the speed for d 2304 in fp32, where four rows of x and of W are 72 KiB.
+constexpr int64_t kPanelBytes = 4 << 10;
+
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int kMost, typename F>
+inline void with_constant(int64_t count, F&& f) {
+  if constexpr (kMost == 1) {
+    f.template operator()<1>();
+  } else if (count >= kMost) {
+    f.template operator()<kMost>();
+  } else {
+    with_constant<kMost - 1>(count, f);
+  }
+}
+
+// pre[i * kBlock + j] += Σₖ xᵢₖ Wⱼₖ over `size` columns, for kX rows of x and the Ops' kEncodeW rows of W. The first of
+// the columns is x[0], and rows[j][column].
+template <typename O, int kX, typename T>
+inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* const* rows, int64_t column, int64_t size,
+                        float* pre) {
+  constexpr int kW = O::kEncodeW;
+  typename O::Vector sums[kX][kW] = {};
+  for (int64_t k = 0; k < size; k += O::kStep) {
+    typename O::Operand w[kW];
+#pragma GCC unroll 8
+    for (int j = 0; j < kW; ++j) w[j] = O::load(rows[j] + column + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < kX; ++i) {
+      const typename O::Operand x_i = O::load(x + i * x_stride + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < kW; ++j) sums[i][j] = O::multiply_add(x_i, w[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kX; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kW; ++j) pre[i * kBlock + j] += O::sum(sums[i][j]);
+  }
+}
+
+// sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y; `tile` holds `count` rows of W as `columns` made it.
+template <typename O, int kX>
+inline void decode_tile(const typename O::Copy* latents, const typename O::Operand* tile, int count, bool first,
+                        float* sum, int64_t sum_stride) {
+  constexpr int kV = O::kColumnVectors;
+  typename O::Vector sums[kX][kV] = {};
+  if (!first) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kX; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) sums[i][v] = O::load_sum(sum + i * sum_stride + v * O::kLanes);
+    }
+  }
+  for (int j = 0; j < count; j += O::kPair, tile += kV) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kX; ++i) {
+      const typename O::Operand latent = O::broadcast(latents + i * kBlock + j);
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) sums[i][v] = O::multiply_add(latent, tile[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kX; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kV; ++v) O::store_sum(sum + i * sum_stride + v * O::kLanes, sums[i][v]);
+  }
+}
+
+// Asks for rows of W, a few cache lines at a time, while other rows are computed with: memory then never idles.
+class Prefetch {
+ public:
+  Prefetch(const void* first, int64_t row_bytes, int64_t stride_bytes, int64_t rows)
+      : row_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_bytes_(stride_bytes), rows_(rows) {}
+
+  void lines(int64_t count) {
+    for (; count > 0 && rows_ > 0; --count) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= row_bytes_) {
+        at_ = 0;
+        row_ += stride_bytes_;
+        --rows_;
+      }
+    }
+  }
+
+  static constexpr int64_t kLine = 64;
+
+ private:
+  const char* row_;
+  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
+};
+
+template <typename O, typename T>
+void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum) {
+  using Copy = typename O::Copy;
+  constexpr int kTile = O::kColumnVectors * O::kLanes;
+  static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kBlock % O::kEncodeW == 0 && kSmallBlock % O::kEncodeW == 0 && kBlock % O::kPair == 0);
+
+  const auto* x = static_cast<const Copy*>(x_copy);
+  const auto* weight = static_cast<const T*>(p.weight);
+  const auto* bias = static_cast<const T*>(p.bias_enc);
+  const int64_t whole = p.d / kColumns * kColumns, rest = p.d - whole;
+  const int64_t padded = rest ? whole + kColumns : whole;
+  int64_t block = kBlockBytes / static_cast<int64_t>(p.d * sizeof(T)) / O::kEncodeW * O::kEncodeW;
+  const int64_t most = p.n <= kRowsOfSmallBlock ? kSmallBlock : kBlock;
+  block = block > most ? most : block < O::kEncodeW ? O::kEncodeW : block;
+
+  const int64_t panel = kPanelBytes / static_cast<int64_t>(sizeof(Copy));
+  const int64_t lines_a_tile = up(block * up(p.d * sizeof(T), Prefetch::kLine), padded / kTile);
+
+  const T* rows[kBlock];
+  const T* tail_rows[kBlock];  // the last, incomplete columns, zero-padded to kColumns
+  alignas(kAlignment) T tails[kBlock * kColumns] = {};
+  typename O::Operand tile[kBlock / O::kPair * O::kColumnVectors];
+  alignas(kAlignment) float pre[kBlock * kMaxRows];
+  alignas(kAlignment) Copy latents[kBlock * kMaxRows];
+  for (int j = 0; j < kBlock; ++j) tail_rows[j] = tails + j * kColumns;
+
+  if (begin == end) std::memset(sum, 0, sizeof(float) * p.n * padded);
+  for (int64_t row = begin; row < end; row += block) {
+    const int count = static_cast<int>(end - row < block ? end - row : block);
+    for (int j = 0; j < block; ++j) {
+      rows[j] = j < count ? weight + (row + j) * p.weight_stride : static_cast<const T*>(zero_row);
+      if (rest) std::memcpy(tails + j * kColumns, rows[j] + whole, rest * sizeof(T));
+    }
+
+    const int64_t left = end - row - count;
+    Prefetch next(weight + (row + count) * p.weight_stride, p.d * sizeof(T), p.weight_stride * sizeof(T),
+                  left < block ? left : block);
+
+    std::memset(pre, 0, sizeof(float) * kBlock * p.n);
+    for (int64_t k = 0, size = 0; k < padded; k += size) {
+      const bool in_tail = k == whole;
+      size = in_tail ? kColumns : whole - k < panel ? whole - k : panel;
+      for (int64_t i = 0; i < p.n; i += O::kEncodeX) {
+        with_constant<O::kEncodeX>(p.n - i, [&]<int kX>() {
+          for (int j = 0; j < count; j += O::kEncodeW) {
+            encode_tile<O, kX>(x + i * padded + k, padded, (in_tail ? tail_rows : rows) + j, in_tail ? 0 : k, size,
+                               pre + i * kBlock + j);
+          }
+        });
+      }
+    }
+    for (int64_t i = 0; i < p.n; ++i) {
+      float* a = pre + i * kBlock;
+      if (bias != nullptr) {
+        for (int j = 0; j < count; ++j) a[j] += widen(bias[row + j]);
+      }
+      activate(p.activation, a, count);
+      // the decode product reads latents of the weight's dtype
+      for (int j = 0; j < count; ++j) latents[i * kBlock + j] = O::latent(a[j]);
+      for (int j = count; j < block; ++j) latents[i * kBlock + j] = Copy{};
+    }
+
+    for (int64_t k = 0; k < padded; k += kTile) {
+      const bool in_tail = k >= whole;
+      for (int j = 0; j < count; j += O::kPair) {
+        O::columns((in_tail ? tail_rows : rows) + j, in_tail ? k - whole : k, tile + j / O::kPair * O::kColumnVectors);
+      }
+      next.lines(lines_a_tile);  // the whole next block while this one is decoded
+      for (int64_t i = 0; i < p.n; i += O::kDecodeX) {
+        with_constant<O::kDecodeX>(p.n - i, [&]<int kX>() {
+          decode_tile<O, kX>(latents + i * kBlock, tile, count, row == begin, sum + i * padded + k, padded);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tiedfused::cpu

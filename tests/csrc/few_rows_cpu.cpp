@@ -1,0 +1,108 @@
+// Runs every build of the CPU kernel that this CPU runs over odd shapes, without torch, to be compiled with sanitizers:
+// operands are allocated to the byte, so that one step too far is one step out of an allocation.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/few_rows.h"
+#include "../../csrc/cpu/numbers.h"
+
+using namespace tiedfused;
+using namespace tiedfused::cpu;
+
+namespace {
+
+std::mt19937 generator(0);
+
+template <typename T>
+std::vector<T> normal(int64_t count, float scale) {
+  std::normal_distribution<float> values(0.0f, scale);
+  std::vector<T> made(count);
+  for (T& v : made) v = narrow<T>(values(generator));
+  return made;
+}
+
+template <typename T>
+bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, int64_t parts, bool biases) {
+  const int64_t x_stride = d + 3, weight_stride = d + 1;
+  const auto x = normal<T>((n - 1) * x_stride + d, 1.0f);
+  const auto weight = normal<T>((h - 1) * weight_stride + d, 1.0f / std::sqrt(static_cast<float>(d)));
+  const auto bias_enc = normal<T>(h, 0.5f), bias_dec = normal<T>(d, 0.5f);
+  std::vector<T> y(n * d);
+  const Problem p{dtype,         n,       d,
+                  h,             x.data(), x_stride,
+                  weight.data(), weight_stride, biases ? bias_enc.data() : nullptr,
+                  biases ? bias_dec.data() : nullptr, y.data(), Activation::silu,
+                  Activation::identity};
+  void* workspace = std::aligned_alloc(kAlignment, workspace_bytes(p, parts));
+  few_rows(kernel, p, parts, workspace, [](int64_t count, Body body, void* context) { body(0, count, context); });
+  std::free(workspace);
+
+  double error = 0, size = 0;
+  std::vector<double> latent(h);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < h; ++j) {
+      double a = biases ? widen(bias_enc[j]) : 0;
+      for (int64_t k = 0; k < d; ++k) a += double{widen(x[i * x_stride + k])} * widen(weight[j * weight_stride + k]);
+      latent[j] = a / (1 + std::exp(-a));
+    }
+    for (int64_t k = 0; k < d; ++k) {
+      double z = biases ? widen(bias_dec[k]) : 0;
+      for (int64_t j = 0; j < h; ++j) z += latent[j] * widen(weight[j * weight_stride + k]);
+      error += (z - widen(y[i * d + k])) * (z - widen(y[i * d + k]));
+      size += z * z;
+    }
+  }
+  const double bound = dtype == Dtype::float32 ? 1e-6 : dtype == Dtype::bfloat16 ? 1e-2 : 1e-3;
+  if (std::sqrt(error) <= bound * std::sqrt(size)) return true;
+  std::printf("%s: dtype %d, N %ld, d %ld, H %ld, parts %ld: relative error %g\n", kernel.name,
+              static_cast<int>(dtype), long(n), long(d), long(h), long(parts), std::sqrt(error / size));
+  return false;
+}
+
+// Every float16 and bfloat16 survives widening and narrowing; what lies between two goes to the nearer, or the even one.
+template <typename T>
+bool rounds() {
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    const T v{static_cast<uint16_t>(bits)}, next{static_cast<uint16_t>(bits + 1)};
+    const float wide = widen(v);
+    if (wide != wide) {
+      const float again = widen(narrow<T>(wide));
+      if (again == again) return false;
+      continue;
+    }
+    if (narrow<T>(wide).bits != v.bits) return false;
+    if (std::isinf(wide) || std::isinf(widen(next)) || (bits & 0x7fffu) == 0x7fffu) continue;
+    const float middle = static_cast<float>((double{wide} + widen(next)) / 2);
+    const float above = std::nextafter(middle, widen(next)), below = std::nextafter(middle, wide);
+    if (narrow<T>(above).bits != next.bits || narrow<T>(below).bits != v.bits) return false;
+    if (narrow<T>(middle).bits != (bits & 1u ? next.bits : v.bits)) return false;
+  }
+  return std::isinf(widen(narrow<T>(std::numeric_limits<float>::max())));
+}
+
+}  // namespace
+
+int main() {
+  bool good = rounds<float16>() && rounds<bfloat16>();
+  if (!good) std::puts("rounding is wrong");
+  const int64_t shapes[][3] = {{1, 1, 1}, {2, 3, 5}, {4, 64, 12}, {5, 65, 13}, {7, 63, 33}, {64, 130, 67}, {3, 2117, 35}};
+  int kernels = 0;
+  for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+    const Kernel* kernel = find_kernel(name);
+    if (kernel == nullptr) continue;
+    ++kernels;
+    for (const auto& [n, d, h] : shapes) {
+      for (const int64_t parts : {1, 3, 40}) {  // 40: some have no rows of W at all
+        good &= agrees<float>(*kernel, Dtype::float32, n, d, h, parts, true);
+        good &= agrees<bfloat16>(*kernel, Dtype::bfloat16, n, d, h, parts, parts == 1);
+        good &= agrees<float16>(*kernel, Dtype::float16, n, d, h, parts, true);
+      }
+    }
+  }
+  std::printf("%d kernels: %s\n", kernels, good ? "good" : "wrong");
+  return good ? 0 : 1;
+}

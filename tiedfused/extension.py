@@ -1,0 +1,53 @@
+"""The shared object built from csrc/, if there is one: it registers the native ops when this module is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+BUILD_NOTE = "_native_build.txt"  # setup.py writes it
+MAX_ROWS = 64  # kMaxRows in csrc/cpu/few_rows.h
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """What was built and loaded.
+
+    Args:
+        why_not: why there are no native ops, or None if there are.
+        cpu: the instruction set of the CPU op's kernel that runs here.
+        cuda: whether the CUDA op was built.
+        activations: the names of the activations that the ops have.
+        note: what the build says of itself.
+    """
+
+    why_not: str | None
+    cpu: str = ""
+    cuda: bool = False
+    activations: tuple[str, ...] = ()
+    note: str = ""
+
+
+def load(folder: Path) -> Extension:
+    """Load the shared object in `folder`; whatever is wrong with it becomes the reason why there is none."""
+    note_file = folder / BUILD_NOTE
+    note = note_file.read_text().strip() if note_file.exists() else ""
+    libraries = [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]
+    if not libraries:
+        return Extension(f"the native ops were not built{f': {note}' if note else ''}", note=note)
+    try:
+        torch.ops.load_library(libraries[0])
+        lines = torch.ops.tiedfused.native_info().splitlines()
+    except (
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # built for another torch, or left over from another source
+        return Extension(f"{libraries[0].name} does not load: {str(error).splitlines()[0]}", note=note)
+    info = dict(line.split(":", 1) for line in lines)
+    return Extension(None, info["cpu"].strip(), info["cuda"].strip() == "yes", tuple(info["activations"].split()), note)
+
+
+EXTENSION = load(Path(__file__).parent)
