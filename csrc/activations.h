@@ -13,17 +13,17 @@ namespace tiedfused {
 
 // X(name, f(a)); an activation is known to Python by `name`. A comparison with a NaN is false: each formula is written
 // so that a NaN comes out as a NaN.
-#define TIEDFUSED_ACTIVATIONS(X)                                                                       \
-  X(identity, a)                                                                                       \
-  X(relu, a < 0.0f ? 0.0f : a)                                                                         \
-  X(leaky_relu, a > 0.0f ? a : 0.01f * a)                                                              \
-  X(elu, a > 0.0f ? a : expm1f(a))                                                                     \
-  X(selu, 1.0507009873554805f * (a > 0.0f ? a : 1.6732632423543772f * expm1f(a)))                      \
-  X(gelu, 0.5f * a * (1.0f + erff(a * 0.7071067811865476f)))                                           \
-  X(gelu_tanh, 0.5f * a * (1.0f + tanhf(0.7978845608028654f * (a + 0.044715f * a * a * a))))           \
-  X(silu, a / (1.0f + expf(-a)))                                                                       \
-  X(softplus, a > 20.0f ? a : log1pf(expf(a)))                                                         \
-  X(sigmoid, 1.0f / (1.0f + expf(-a)))                                                                 \
+#define TIEDFUSED_ACTIVATIONS(X)                                                             \
+  X(identity, a)                                                                             \
+  X(relu, a < 0.0f ? 0.0f : a)                                                               \
+  X(leaky_relu, a > 0.0f ? a : 0.01f * a)                                                    \
+  X(elu, a > 0.0f ? a : expm1f(a))                                                           \
+  X(selu, 1.0507009873554805f * (a > 0.0f ? a : 1.6732632423543772f * expm1f(a)))            \
+  X(gelu, 0.5f * a * (1.0f + erff(a * 0.7071067811865476f)))                                 \
+  X(gelu_tanh, 0.5f * a * (1.0f + tanhf(0.7978845608028654f * (a + 0.044715f * a * a * a)))) \
+  X(silu, a / (1.0f + expf(-a)))                                                             \
+  X(softplus, a > 20.0f ? a : log1pf(expf(a)))                                               \
+  X(sigmoid, 1.0f / (1.0f + expf(-a)))                                                       \
   X(tanh, tanhf(a))
 
 enum class Activation {
@@ -32,15 +32,16 @@ enum class Activation {
 #undef X
 };
 
-// Replaces each of `count` values by its activation; values lie `stride` apart.
-TIEDFUSED_HOST_DEVICE inline void activate(Activation activation, float* values, int count, int stride = 1) {
+// Replaces each of `count` values by its activation. Static, since every instruction set's build needs a copy of its
+// own.
+TIEDFUSED_HOST_DEVICE static inline void activate(Activation activation, float* values, int count) {
   switch (activation) {
-#define X(name, formula)                                      \
-  case Activation::name:                                      \
-    for (int i = 0; i < count; ++i) {                         \
-      const float a = values[i * stride];                     \
-      values[i * stride] = formula;                           \
-    }                                                         \
+#define X(name, formula)              \
+  case Activation::name:              \
+    for (int i = 0; i < count; ++i) { \
+      const float a = values[i];      \
+      values[i] = formula;            \
+    }                                 \
     break;
     TIEDFUSED_ACTIVATIONS(X)
 #undef X

@@ -48,11 +48,10 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::op
   const int64_t threads = torch::stable::get_num_threads();
   const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, threads));
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  cpu::few_rows(*kernel, problem, threads, workspace.mutable_data_ptr(),
-                [](int64_t count, cpu::Body body, void* context) {
-                  torch::stable::parallel_for(
-                      0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-                });
+  cpu::few_rows(
+      *kernel, problem, threads, workspace.mutable_data_ptr(), [](int64_t count, cpu::Body body, void* context) {
+        torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+      });
   return y;
 }
 

@@ -1,7 +1,8 @@
 // y = g(f(x Wᵀ + b_enc) W + b_dec) for a few rows of x on the CPU, W read from memory once. No torch headers.
 //
-// H is cut into one range of W's rows a thread. A thread takes its rows a block at a time: the block's latents for every
-// row of x, then, while the block is still in cache, its part of y. The parts are added up in the order of the threads.
+// H is cut into one range of W's rows a thread. A thread takes its rows a block at a time: the block's latents for
+// every row of x, then, while the block is still in cache, its part of y. The parts are added up in the order of the
+// threads.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,7 @@
 namespace tiedfused::cpu {
 
 constexpr int64_t kMaxRows = 64;        // of x
-constexpr int64_t kColumns = 64;      // rows of x and of y's parts are padded to a multiple of this in the workspace
+constexpr int64_t kColumns = 64;        // rows of x and of y's parts are padded to a multiple of this in the workspace
 constexpr std::size_t kAlignment = 64;  // bytes
 
 enum class Dtype { float32, bfloat16, float16 };

@@ -1,5 +1,5 @@
-// The kernel for AVX-512 with its bfloat16 extension, whose instruction adds two products of bfloat16 to each fp32 lane.
-// It takes subnormal numbers for zero and rounds after each of the two products.
+// The kernel for AVX-512 with its bfloat16 extension, whose instruction adds two products of bfloat16 to each fp32
+// lane. It takes subnormal numbers for zero and rounds after each of the two products.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -9,7 +9,8 @@
 #include <utility>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #endif

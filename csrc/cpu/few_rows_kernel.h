@@ -6,10 +6,9 @@
 //   kStep           elements of a row in one Operand
 //   kPair           rows of W in one Operand of the decode product: 1, or 2 where an instruction adds two products
 //   kColumnVectors  Vectors across one decode tile, kTile = kColumnVectors × lanes columns wide
-//   kEncodeX × kEncodeW, kDecodeX × kColumnVectors   accumulators of the two inner loops; they have to fit the registers
-//   load(T*), load(Copy*), multiply_add(Operand, Operand, Vector), sum(Vector)
-//   columns(rows, k, out)   columns [k, k + kTile) of kPair rows of W, as kColumnVectors Operands
-//   broadcast(latents)      kPair latents in every lane
+//   kEncodeX × kEncodeW, kDecodeX × kColumnVectors   accumulators of the two inner loops; they have to fit the
+//   registers load(T*), load(Copy*), multiply_add(Operand, Operand, Vector), sum(Vector) columns(rows, k, out) columns
+//   [k, k + kTile) of kPair rows of W, as kColumnVectors Operands broadcast(latents)      kPair latents in every lane
 //
 // Everything is in an anonymous namespace and calls no inline function of another library: a function with external
 // linkage, compiled here for AVX-512, could be the copy that the linker keeps for every caller.
@@ -22,14 +21,14 @@ namespace tiedfused::cpu {
 namespace {
 
 constexpr int kBlock = 32;  // most rows of W at a time
-// Few rows of x are bound by reading W, more by the products. GB/s of W at N 1 with blocks of 8 and 32, fp32 and bf16, d
-// 2304: 37 and 33 against 31 and 32, of 38 that a plain sum reads; at N 16 they are 11 to 16 against 14 to 17.
+// Few rows of x are bound by reading W, more by the products. GB/s of W at N 1 with blocks of 8 and 32, fp32 and bf16,
+// d 2304: 37 and 33 against 31 and 32, of 38 that a plain sum reads; at N 16 they are 11 to 16 against 14 to 17.
 constexpr int kSmallBlock = 12;
 constexpr int kRowsOfSmallBlock = 4;
 // A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
 constexpr int64_t kBlockBytes = 320 << 10;
-// The encode product goes over W's columns in panels, so that kEncodeX rows of x stay in L1 while the block's rows pass:
-// without panels it ran at two thirds of the speed for d 2304 in fp32, where four rows of x and of W are 72 KiB.
+// The encode product goes over W's columns in panels, so that kEncodeX rows of x stay in L1 while the block's rows
+// pass: without panels it ran at two thirds of the speed for d 2304 in fp32, where four rows of x and of W are 72 KiB.
 constexpr int64_t kPanelBytes = 4 << 10;
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -70,7 +69,8 @@ inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* co
   }
 }
 
-// sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y; `tile` holds `count` rows of W as `columns` made it.
+// sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y; `tile` holds `count` rows of W as `columns` made
+// it.
 template <typename O, int kX>
 inline void decode_tile(const typename O::Copy* latents, const typename O::Operand* tile, int count, bool first,
                         float* sum, int64_t sum_stride) {
@@ -127,7 +127,8 @@ template <typename O, typename T>
 void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum) {
   using Copy = typename O::Copy;
   constexpr int kTile = O::kColumnVectors * O::kLanes;
-  static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kBlock % O::kEncodeW == 0 && kSmallBlock % O::kEncodeW == 0 && kBlock % O::kPair == 0);
+  static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kBlock % O::kEncodeW == 0 &&
+                kSmallBlock % O::kEncodeW == 0 && kBlock % O::kPair == 0);
 
   const auto* x = static_cast<const Copy*>(x_copy);
   const auto* weight = static_cast<const T*>(p.weight);

@@ -32,10 +32,18 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
   const auto weight = normal<T>((h - 1) * weight_stride + d, 1.0f / std::sqrt(static_cast<float>(d)));
   const auto bias_enc = normal<T>(h, 0.5f), bias_dec = normal<T>(d, 0.5f);
   std::vector<T> y(n * d);
-  const Problem p{dtype,         n,       d,
-                  h,             x.data(), x_stride,
-                  weight.data(), weight_stride, biases ? bias_enc.data() : nullptr,
-                  biases ? bias_dec.data() : nullptr, y.data(), Activation::silu,
+  const Problem p{dtype,
+                  n,
+                  d,
+                  h,
+                  x.data(),
+                  x_stride,
+                  weight.data(),
+                  weight_stride,
+                  biases ? bias_enc.data() : nullptr,
+                  biases ? bias_dec.data() : nullptr,
+                  y.data(),
+                  Activation::silu,
                   Activation::identity};
   void* workspace = std::aligned_alloc(kAlignment, workspace_bytes(p, parts));
   few_rows(kernel, p, parts, workspace, [](int64_t count, Body body, void* context) { body(0, count, context); });
@@ -58,12 +66,13 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
   }
   const double bound = dtype == Dtype::float32 ? 1e-6 : dtype == Dtype::bfloat16 ? 1e-2 : 1e-3;
   if (std::sqrt(error) <= bound * std::sqrt(size)) return true;
-  std::printf("%s: dtype %d, N %ld, d %ld, H %ld, parts %ld: relative error %g\n", kernel.name,
-              static_cast<int>(dtype), long(n), long(d), long(h), long(parts), std::sqrt(error / size));
+  std::printf("%s: dtype %d, N %ld, d %ld, H %ld, parts %ld: relative error %g\n", kernel.name, static_cast<int>(dtype),
+              long(n), long(d), long(h), long(parts), std::sqrt(error / size));
   return false;
 }
 
-// Every float16 and bfloat16 survives widening and narrowing; what lies between two goes to the nearer, or the even one.
+// Every float16 and bfloat16 survives widening and narrowing; what lies between two goes to the nearer, or the even
+// one.
 template <typename T>
 bool rounds() {
   for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
@@ -89,7 +98,8 @@ bool rounds() {
 int main() {
   bool good = rounds<float16>() && rounds<bfloat16>();
   if (!good) std::puts("rounding is wrong");
-  const int64_t shapes[][3] = {{1, 1, 1}, {2, 3, 5}, {4, 64, 12}, {5, 65, 13}, {7, 63, 33}, {64, 130, 67}, {3, 2117, 35}};
+  const int64_t shapes[][3] = {{1, 1, 1},   {2, 3, 5},     {4, 64, 12},  {5, 65, 13},
+                               {7, 63, 33}, {64, 130, 67}, {3, 2117, 35}};
   int kernels = 0;
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const Kernel* kernel = find_kernel(name);
