@@ -69,13 +69,22 @@ void combine(const Problem& p, const float* parts, int64_t count, int64_t begin,
 }  // namespace
 
 const Kernel* find_kernel(const char* name) {
-  static const Kernel* const kernels[] = {
+  struct Candidate {
+    const Kernel* kernel;
+    bool runs_here;  // asked here, in code for any CPU
+  };
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+  static const Candidate candidates[] = {
 #if defined(__x86_64__)
-      &kAvx512Bf16, &kAvx512, &kAvx2,
+      {&kAvx512Bf16, HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") && HAS("avx512bf16")},
+      {&kAvx512, HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")},
+      {&kAvx2, HAS("avx2") && HAS("fma") && HAS("f16c")},
 #endif
-      &kPortable};
-  for (const Kernel* kernel : kernels) {
-    if (kernel->runs_here() && (name == nullptr || std::strcmp(name, kernel->name) == 0)) return kernel;
+      {&kPortable, true},
+  };
+#undef HAS
+  for (const auto& [kernel, runs_here] : candidates) {
+    if (runs_here && (name == nullptr || std::strcmp(name, kernel->name) == 0)) return kernel;
   }
   return nullptr;
 }

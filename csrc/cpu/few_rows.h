@@ -39,7 +39,6 @@ using Part = void (*)(const Problem&, const void* x, const void* zeros, int64_t 
 // The kernel as built for one instruction set.
 struct Kernel {
   const char* name;
-  bool (*runs_here)();
   struct {
     Part part;
     bool copies_x_as_float;  // else in the problem's dtype

@@ -31,10 +31,6 @@ inline Floats widen_float16(const float16* from) { return _mm256_cvtph_ps(load_a
 
 const Kernel kAvx2 = {
     "avx2",
-    [] {
-      return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
-             __builtin_cpu_supports("f16c") != 0;
-    },
     {{part<Ops<float>, float>, true}, {part<Ops<bfloat16>, bfloat16>, true}, {part<Ops<float16>, float16>, true}}};
 
 }  // namespace tiedfused::cpu

@@ -31,10 +31,6 @@ inline Floats widen_float16(const float16* from) { return _mm512_maskz_cvtph_ps(
 
 const Kernel kAvx512 = {
     "avx512",
-    [] {
-      return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-             __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
-    },
     {{part<Ops<float>, float>, true}, {part<Ops<bfloat16>, bfloat16>, true}, {part<Ops<float16>, float16>, true}}};
 
 }  // namespace tiedfused::cpu

@@ -60,7 +60,6 @@ struct PairOps : FloatSums, Tiles {
 
 const Kernel kAvx512Bf16 = {
     "avx512_bf16",
-    [] { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16") != 0; },
     {{part<Ops<float>, float>, true}, {part<PairOps, bfloat16>, false}, {part<Ops<float16>, float16>, true}}};
 
 }  // namespace tiedfused::cpu

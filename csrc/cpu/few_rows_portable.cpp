@@ -21,7 +21,6 @@ inline Floats widen_float16(const float16* from) {
 
 const Kernel kPortable = {
     "portable",
-    [] { return true; },
     {{part<Ops<float>, float>, true}, {part<Ops<bfloat16>, bfloat16>, true}, {part<Ops<float16>, float16>, true}}};
 
 }  // namespace tiedfused::cpu

@@ -1,13 +1,14 @@
 // Runs the CUDA kernels on the CPU (cuda_on_host.h) and compares with plain loops: the algorithm, its indices, its
 // waits and the block's barriers are checked. The machine's instructions are not, nor the warps' barriers: here every
 // instruction of a warp is one.
+#include "cuda_on_host.h"
+
+#include "../../csrc/cuda/few_rows.cu"
+
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
-
-#include "../../csrc/cuda/few_rows.cu"
-#include "cuda_on_host.h"
 
 using namespace tiedfused;
 using namespace tiedfused::cuda;
