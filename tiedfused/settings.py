@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-REGIME_NAMES = ("stream", "few_rows", "bottleneck", "chunked", "tiled")
+REGIME_NAMES = ("stream", "few_rows", "bottleneck", "chunked", "native", "tiled")
 
 
 @dataclasses.dataclass(frozen=True)

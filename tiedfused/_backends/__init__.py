@@ -17,11 +17,12 @@ import dataclasses
 import torch
 
 from tiedfused import planning
-from tiedfused._backends import tiled
+from tiedfused._backends import native, tiled
 from tiedfused.activations import HAS_TRITON, IDENTITY
+from tiedfused.extension import EXTENSION
 from tiedfused.regimes.common import why_not_triton
 
-BACKENDS = {"tiled": tiled}
+BACKENDS = {"native": native, "tiled": tiled}
 if HAS_TRITON:
     from tiedfused._backends import triton
 
@@ -46,4 +47,8 @@ def backends() -> tuple[BackendStatus, ...]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     smallest = planning.request(1, 1, 1, torch.float32, device, IDENTITY, IDENTITY, False, False, None)
-    return BackendStatus("triton", why_not_triton(smallest)), BackendStatus("tiled", None)
+    return (
+        BackendStatus("triton", why_not_triton(smallest)),
+        BackendStatus("native", EXTENSION.why_not),
+        BackendStatus("tiled", None),
+    )

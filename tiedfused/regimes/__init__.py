@@ -7,6 +7,13 @@
 A new regime is a module here, an entry of `REGIMES`, and its kernels in `tiedfused._backends`.
 """
 
-from tiedfused.regimes import bottleneck, chunked, few_rows, stream, tiled
+from tiedfused.regimes import bottleneck, chunked, few_rows, native, stream, tiled
 
-REGIMES = {"stream": stream, "few_rows": few_rows, "bottleneck": bottleneck, "chunked": chunked, "tiled": tiled}
+REGIMES = {
+    "stream": stream,
+    "few_rows": few_rows,
+    "bottleneck": bottleneck,
+    "chunked": chunked,
+    "native": native,
+    "tiled": tiled,
+}

@@ -114,6 +114,13 @@ class TorchTile:
 
 
 @dataclasses.dataclass(frozen=True)
+class NativeTile:
+    """What the kernel was built for: an instruction set; its blocks are csrc's own matter."""
+
+    build: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Pass:
     """One kernel's share of a part.
 
@@ -129,7 +136,7 @@ class Pass:
     """
 
     kernel: str
-    tile: AnyTile | TorchTile
+    tile: AnyTile | TorchTile | NativeTile
     tile_source: str
     split: int
     flops: int
