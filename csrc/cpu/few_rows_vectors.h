@@ -22,18 +22,46 @@ inline V load_as(const void* from) {
   return v;
 }
 
-template <int kDistance, int... kLane>
-inline Floats across(Floats v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+// Lanes of `a` and `b` in groups of four: of each group numbers kA and kB of a and of b, as {a, b, a, b} if kAlternate,
+// else {a, a, b, b}.
+template <int kA, int kB, bool kAlternate, int... kLane>
+inline Floats from_fours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (kLane / 4 * 4 + (kAlternate ? (kLane % 4 < 2 ? kA : kB) + kLane % 2 * kLanes
+                                   : (kLane % 2 == 0 ? kA : kB) + kLane % 4 / 2 * kLanes))...);
 }
 
-template <int kDistance = kLanes / 2>
-inline float sum_of_lanes(Floats v) {
-  if constexpr (kDistance == 0) {
-    return v[0];
-  } else {
-    return sum_of_lanes<kDistance / 2>(v + across<kDistance>(v, std::make_integer_sequence<int, kLanes>()));
+// The even groups of four of `a`, then those of `b`; the odd ones if kOdd.
+template <int kOdd, int... kLane>
+inline Floats fours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  constexpr int kHalf = kLanes / 2;
+  return __builtin_shufflevector(a, b, (kLane / kHalf * kLanes + (kLane % kHalf / 4 * 2 + kOdd) * 4 + kLane % 4)...);
+}
+
+// The sums over the lanes of kLanes vectors at once, in their order: a third of the instructions of one after another.
+inline Floats sums_of_lanes(Floats* v) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 2; ++i) {
+    v[i] =
+        from_fours<0, 1, true>(v[2 * i], v[2 * i + 1], lanes) + from_fours<2, 3, true>(v[2 * i], v[2 * i + 1], lanes);
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 4; ++i) {
+    v[i] =
+        from_fours<0, 1, false>(v[2 * i], v[2 * i + 1], lanes) + from_fours<2, 3, false>(v[2 * i], v[2 * i + 1], lanes);
+  }
+  if constexpr (kLanes > 4) {
+#pragma GCC unroll 8
+    for (int count = kLanes / 8; count > 0; count /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < count; ++i) {
+        v[i] = fours<0>(v[2 * i], v[2 * i + 1], lanes) + fours<1>(v[2 * i], v[2 * i + 1], lanes);
+      }
+    }
+  }
+  return v[0];
 }
 
 struct FloatSums {
@@ -41,7 +69,20 @@ struct FloatSums {
   static constexpr int kLanes = cpu::kLanes;
   static Vector load_sum(const float* from) { return load_as<Floats>(from); }
   static void store_sum(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
-  static float sum(Vector v) { return sum_of_lanes(v); }
+  // out[i] is the sum of v[i]'s lanes
+  template <int kCount>
+  static void sums(const Vector* v, float* out) {
+#pragma GCC unroll 8
+    for (int done = 0; done < kCount; done += kLanes) {
+      Vector group[kLanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (done + i < kCount) group[i] = v[done + i];
+      }
+      const Vector sums = sums_of_lanes(group);
+      std::memcpy(out + done, &sums, sizeof(float) * (kCount - done < kLanes ? kCount - done : kLanes));
+    }
+  }
 };
 
 template <typename T>
