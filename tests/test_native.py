@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from numerics import Problem, assert_close, problem
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tiedfused
-from tiedfused import extension, reference
+from tiedfused import devices, extension, reference
+from tiedfused.cli import app
 from tiedfused.extension import EXTENSION, MAX_ROWS
+from tiedfused.functional import tied_encode_decode
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,6 +176,98 @@ def test_errors(operands, options, message) -> None:
 
 
 @native
+@pytest.mark.parametrize("operands", [(X, W.to("meta")), (X.to("meta"), W), (X, W, B.to("meta"))])
+def test_operands_on_different_devices(operands) -> None:
+    with pytest.raises(RuntimeError, match=r"expected on (cpu|meta), as x, got"):
+        few_rows(*operands, *[None] * (4 - len(operands)))
+
+
+@native
+def test_sparse_weight_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match="few_rows"):
+        few_rows(X, W.to_sparse(), None, None)
+
+
+@native
+def test_gradient_is_an_error() -> None:
+    y = few_rows(X.clone().requires_grad_(), W, None, None)
+    with pytest.raises(RuntimeError, match="few_rows: the native op has no backward"):
+        y.sum().backward()
+
+
+@native
+@pytest.mark.parametrize("biases", [(None, None), (B, C)], ids=["no biases", "biases"])
+def test_op_as_pytorch_sees_it(biases) -> None:
+    torch.library.opcheck(torch.ops.tiedfused.few_rows.default, (X, W, *biases, "relu", "tanh"))
+
+
+@native
+def test_compiled() -> None:
+    compiled = torch.compile(few_rows, fullgraph=True)
+    assert torch.equal(compiled(X, W, B, C), few_rows(X, W, B, C))
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()], ids=str)
+def test_layer_takes_it_in_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias_enc, bias_dec = (t.detach() for t in problem(5, 40, 70, dtype).operands)
+    x = torch.randn(*shape, 40).to(dtype)
+    if devices.interpreting():
+        pytest.skip("Triton's interpreter stands in for a GPU")
+    found = tied_encode_decode(x, weight, bias_enc, bias_dec, output_activation="tanh")
+    expected = few_rows(x.reshape(-1, 40), weight, bias_enc, bias_dec, g="tanh").view(x.shape)
+    assert torch.equal(found, expected)
+
+
+@native
+def test_layer_takes_operands_of_any_strides() -> None:
+    x, weight = torch.randn(40, 5).t(), torch.randn(40, 70).t()
+    bias_enc, bias_dec = torch.randn(140)[::2], torch.randn(80)[::2]
+    with torch.no_grad():
+        found = tied_encode_decode(x, weight, bias_enc, bias_dec)
+    assert torch.equal(found, few_rows(*(t.contiguous() for t in (x, weight, bias_enc, bias_dec))))
+
+
+@native
+def test_plan_takes_it_where_it_wins() -> None:
+    def regime(n: int, d: int, h: int, dtype: torch.dtype = torch.float32, **options: bool) -> str:
+        return tiedfused.plan(n, d, h, dtype=dtype, **{"grad": False, **options}).regime
+
+    for dtype in DTYPES:
+        for n, d, h in ((1, 1, 1), (1, 64, 64), (64, 256, 256), (8, 768, 24576), (16, 2304, 16384), (1, 16384, 256)):
+            if EXTENSION.cpu != "portable" or n <= 8 or dtype == torch.float16:
+                assert regime(n, d, h, dtype) == "native", (n, d, h, dtype)
+    assert regime(65, 64, 64) == regime(0, 64, 64) == "tiled"
+    assert regime(4, 64, 64, torch.float64) == "tiled"
+    assert regime(4, 64, 64, grad=True) == regime(4, 64, 64, stats=True) == "tiled"
+    assert regime(64, 1024, 1024) == regime(16, 16384, 4096) == "tiled"  # measured to be slower there
+    assert regime(64, 1024, 1024, torch.float16) == "native"
+    with tiedfused.settings.override(regime="native"):
+        assert regime(64, 1024, 1024) == "native"
+        assert regime(4, 64, 64, grad=True) == "tiled"
+    with tiedfused.settings.override(regime="tiled"):
+        assert regime(4, 64, 64) == "tiled"
+
+
+@native
+def test_statistics_come_from_another_regime() -> None:
+    with torch.no_grad():
+        y, stats = tied_encode_decode(X, W, B, C, return_stats=True)
+    torch.testing.assert_close(y, few_rows(X, W, B, C))
+    assert stats.l0.shape == (3,)
+
+
+@native
+def test_info_and_explain_show_it() -> None:
+    run = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert f"CPU kernel for {EXTENSION.cpu}, with" in run.invoke(app, ["info"]).output
+    explained = run.invoke(app, ["explain", "4", "768", "24576", "--inference", "--device", "cpu"]).output
+    assert "native (native)" in explained
+    assert f"build {EXTENSION.cpu}" in explained
+
+
+@native
 def test_row_limit_is_the_same_on_both_sides() -> None:
     few_rows(torch.randn(MAX_ROWS, 8), W, None, None)
     with pytest.raises(RuntimeError, match=f"1 to {MAX_ROWS} rows"):
@@ -203,21 +300,114 @@ def test_shared_object_keeps_to_the_stable_abi() -> None:
     assert [name for name in symbols("--defined-only") if "tiedfused" in name] == []
 
 
-@pytest.mark.slow
-def test_cpu_kernel_under_sanitizers(tmp_path: Path) -> None:
-    """Every build over odd shapes with the address and undefined-behaviour sanitizers; see csrc/few_rows_cpu.cpp."""
+def compiled_with_sanitizers(folder: Path, *sources: Path) -> Path:
+    """The program of `sources`, with the address and undefined-behaviour sanitizers."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    empty = tmp_path / "empty.cpp"
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    empty, program = folder / "empty.cpp", folder / "program"
     empty.write_text("int main() {}")
-    if subprocess.run([compiler, *flags, empty, "-o", tmp_path / "empty"], capture_output=True, check=False).returncode:
+    if subprocess.run([compiler, *flags, empty, "-o", program], capture_output=True, check=False).returncode:
         pytest.skip("the compiler has no sanitizers")
-    sources = [ROOT / "tests/csrc/few_rows_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    program = tmp_path / "few_rows"
     built = subprocess.run([compiler, *flags, *sources, "-o", program], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-2000:]
+    return program
+
+
+def output_of(program: Path) -> str:
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.strip().endswith("kernels: good")
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_cpu_kernel_under_sanitizers(tmp_path: Path) -> None:
+    """Every build over odd shapes; see tests/csrc/few_rows_cpu.cpp."""
+    sources = [ROOT / "tests/csrc/few_rows_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    assert output_of(compiled_with_sanitizers(tmp_path, *sources)).strip().endswith("kernels: good")
+
+
+# bytes of shared memory that a block can have, of compute capability 8.0 and 9.0
+SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10}
+
+
+@pytest.mark.slow
+def test_cuda_kernel_on_the_host(tmp_path: Path) -> None:
+    """The algorithm, its indices and its waits, on threads of the CPU; and what its instances need of shared memory."""
+    *instances, verdict = output_of(
+        compiled_with_sanitizers(tmp_path, ROOT / "tests/csrc/few_rows_cuda.cpp")
+    ).splitlines()
+    assert verdict == "good"
+    assert len(instances) == 10
+    for chunks, groups, shared_bytes in (map(int, line.split()) for line in instances):
+        assert shared_bytes <= SHARED_BYTES["80" if chunks <= 4 else "90"], (chunks, groups)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90a", "100a", "120a"])
+def test_cuda_kernel_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    source = ROOT / "csrc/cuda/few_rows.cu"
+    done = subprocess.run([*command, source, "-o", tmp_path / "cubin"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = done.stdout + done.stderr
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == 2 * (10 + 1)  # two dtypes, ten instances and the sum of their parts
+    assert max(registers) <= 255
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == len(registers)
+    # 16: in the instance for d 4096, which needs more shared memory than compute capability 12.0 has
+    assert max(int(size) for sizes in spills for size in sizes) <= (16 if architecture == "120a" else 0)
+    # the ring of copies is dynamic shared memory: see the test on the host; no kernel has any that is static
+    assert not re.search(r"[1-9]\d* bytes smem", report)
+
+
+@pytest.mark.skipif(shutil.which("clang-format") is None, reason="needs clang-format")
+def test_sources_are_formatted() -> None:
+    sources = [p for folder in ("csrc", "tests/csrc") for p in (ROOT / folder).rglob("*.*") if p.suffix != ".md"]
+    done = subprocess.run(
+        ["clang-format", "--dry-run", "-Werror", *sources], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.fixture
+def source_tree(tmp_path: Path) -> Path:
+    """What setup.py needs, without what was built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(
+        ROOT / "tiedfused", tmp_path / "tiedfused", ignore=shutil.ignore_patterns("_C*", "_native*", "*.pyc")
+    )
+    return tmp_path
+
+
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(
+        command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_build_modes(source_tree: Path) -> None:
+    pytest.importorskip("setuptools")
+    folder = source_tree / "tiedfused"
+    wrong = build(source_tree, TIEDFUSED_BUILD_EXT="yes")
+    assert wrong.returncode != 0
+    assert "TIEDFUSED_BUILD_EXT: got 'yes'; expected auto, cpu, cuda or 0" in wrong.stderr
+
+    assert build(source_tree, TIEDFUSED_BUILD_EXT="0").returncode == 0
+    assert extension.load(folder).why_not == "the native ops were not built"
+
+    without_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
+    auto = build(source_tree, TIEDFUSED_BUILD_EXT="auto", **without_compiler)
+    assert auto.returncode == 0, auto.stderr[-2000:]
+    assert str(extension.load(folder).why_not).startswith("the native ops were not built: nothing built (CPU: ")
+    assert build(source_tree, TIEDFUSED_BUILD_EXT="cpu", **without_compiler).returncode != 0
+    if torch.version.cuda is None:
+        cuda = build(source_tree, TIEDFUSED_BUILD_EXT="cuda")
+        assert cuda.returncode != 0
+        assert "TIEDFUSED_BUILD_EXT=cuda: this PyTorch is not a CUDA build" in cuda.stderr

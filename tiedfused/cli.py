@@ -15,6 +15,7 @@ from rich.table import Table
 import tiedfused
 from tiedfused import devices, settings
 from tiedfused.activations import HAS_TRITON
+from tiedfused.extension import EXTENSION
 
 app = typer.Typer(
     help="The tied encode-decode layer y = g(f(x Wᵀ + b_enc) W + b_dec), fused.",
@@ -62,6 +63,10 @@ def info() -> None:
         rows.append(("CUDA", "no device"))
     for status in tiedfused.backends():
         rows.append((f"backend {status.name}", "usable" if status.why_not is None else f"not used: {status.why_not}"))
+    if EXTENSION.why_not is None:
+        cuda = "with" if EXTENSION.cuda else "without"
+        note = f"; {EXTENSION.note}" if EXTENSION.note else ""
+        rows.append(("native ops", f"CPU kernel for {EXTENSION.cpu}, {cuda} CUDA{note}"))
     for field, value in vars(settings.current()).items():
         rows.append((f"setting {field}", str(value)))
     _table("tiedfused", rows)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 BUILD_NOTE = "_native_build.txt"  # setup.py writes it
 MAX_ROWS = 64  # kMaxRows in csrc/cpu/few_rows.h
@@ -40,14 +42,26 @@ def load(folder: Path) -> Extension:
     try:
         torch.ops.load_library(libraries[0])
         lines = torch.ops.tiedfused.native_info().splitlines()
-    except (
-        OSError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # built for another torch, or left over from another source
+    except (OSError, RuntimeError, AttributeError) as error:  # for another torch, or left over from another source
         return Extension(f"{libraries[0].name} does not load: {str(error).splitlines()[0]}", note=note)
     info = dict(line.split(":", 1) for line in lines)
     return Extension(None, info["cpu"].strip(), info["cuda"].strip() == "yes", tuple(info["activations"].split()), note)
 
 
 EXTENSION = load(Path(__file__).parent)
+
+
+def _fake(x, weight, bias_enc, bias_dec, activation, output_activation, isa=None):  # type: ignore[no-untyped-def]
+    for name, t in (("weight", weight), ("bias_enc", bias_enc), ("bias_dec", bias_dec)):
+        if t is not None and t.device != x.device:  # one operand on meta is enough to be sent here
+            raise RuntimeError(f"{name}: expected on {x.device}, as x, got {t.device}")
+    return x.new_empty(x.shape)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> NoReturn:
+    raise RuntimeError("few_rows: the native op has no backward; tied_encode_decode has one")
+
+
+if EXTENSION.why_not is None:
+    torch.library.register_fake("tiedfused::few_rows", _fake)
+    torch.library.register_autograd("tiedfused::few_rows", _backward)

@@ -83,9 +83,25 @@ bool agrees(int n, int d, int64_t h, int blocks, bool biases) {
   return false;
 }
 
+// A line for each instance of the kernel: its chunks of columns a warp, groups of 8 rows, bytes of shared memory.
+void print_instances() {
+  for (int chunks = 1; chunks <= 8; chunks *= 2) {
+    for (int groups = 1; groups * chunks <= 8; groups *= 2) {
+      Problem p{};
+      p.n = 8 * groups;
+      p.d = 512 * chunks;
+      with_instance(p, [](auto c, auto g) {
+        if constexpr (c.value != 0) std::printf("%d %d %d\n", c.value, g.value, kSharedBytes<c.value, g.value>);
+        return 0;
+      });
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  print_instances();
   bool good = true;
   for (const bool wait : {false, true}) {
     on_host::copies_wait = wait;

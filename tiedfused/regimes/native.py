@@ -1,7 +1,7 @@
 """native: few rows of x through the native ops of csrc/. Each row of W is read from memory once. Inference only.
 
-A thread of the CPU, or a block of the GPU, takes a range of W's rows, a block of rows at a time: the block's latents for
-every row of x, then, with the block still at hand, its part of y. The parts are added up in a fixed order.
+A thread of the CPU, or a block of the GPU, takes a range of W's rows, a block of rows at a time: the block's latents
+for every row of x, then, with the block still at hand, its part of y. The parts are added up in a fixed order.
 
 Executed: the 2 products of 2NdH.
 """
@@ -13,10 +13,19 @@ import torch
 from tiedfused import devices
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.regimes.common import NativeTile, Part, Pass, Request, kernel_ms
+from tiedfused.regimes.tiled import CPU_TILE_H
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 EFFICIENCY = 0.8
+# Where tiled, which then has nothing to add up, is faster: ms of native and tiled on 2 threads of an EPYC (Zen 5) at
+# (48, 1024, 1024) 0.58 and 0.55 in fp32, 0.34 and 0.30 in bf16; with 32 rows 0.40 and 0.43, 0.24 and 0.24, and at
+# (64, 256, 256) 0.053 and 0.073, 0.043 and 0.054.
+MAX_ROWS_OF_ONE_TILE = 32
+ONE_TILE_MIN_D = 512
+# Four floats a register: at (N, 768, 24576) in fp32 3.2, 8.0, 8.9, 15 and 29 ms for N 1, 4, 8, 16 and 32 there; eager
+# on BLAS took 7.5, 14, 15, 18 and 26.
+PORTABLE_MAX_ROWS = 8
 
 
 def why_not(r: Request) -> str | None:
@@ -25,6 +34,8 @@ def why_not(r: Request) -> str | None:
         return f"there are native ops for the CPU and for CUDA devices, the tensors are on {r.device_type}"
     if r.grad:
         return "the native ops have no backward"
+    if r.stats:
+        return "its kernel gives no statistics of the latent"
     if r.n == 0:
         return "there are no rows: y is empty"
     if r.n > MAX_ROWS:
@@ -39,13 +50,30 @@ def why_not(r: Request) -> str | None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"the native op takes {names}, not {r.dtype_name}"
     if r.device_type == "cpu":
-        return "Triton's interpreter stands in for a GPU" if devices.interpreting() else None
+        if devices.interpreting():
+            return "Triton's interpreter stands in for a GPU"
+        return _slower(r) if r.in_force.regime != "native" else None
     if r.in_force.regime != "native":
         return "its CUDA kernels have not been measured; TIEDFUSED_REGIME=native asks for them"
     if not EXTENSION.cuda:
         return "the native CUDA op was not built" + (f": {EXTENSION.note}" if EXTENSION.note else "")
     if r.d % 8 != 0 or -(-r.n // 8) * _chunks(r.d) > 8:
         return f"its CUDA kernels do not keep {r.n} rows of {r.d} in registers"
+    return None
+
+
+def _slower(r: Request) -> str | None:
+    """Why the tiled regime is faster on the CPU, or None if it is not; in float16 it never is, by 10 times and more."""
+    if r.dtype == torch.float16:
+        return None
+    if EXTENSION.cpu == "portable" and r.n > PORTABLE_MAX_ROWS:
+        return f"N {r.n} is above {PORTABLE_MAX_ROWS}: its build for any CPU is slower than PyTorch's products"
+    # Beyond that every block of W streams both past: at d 16384, H 4096 in fp32, native takes 12.9 ms for 8 rows and 42
+    # for 16, tiled 26 and 30; in bf16 7.4 and 23, tiled 17 and 19.
+    if r.n * r.d * (r.itemsize + 4) > r.device.l2_bytes // r.threads:
+        return f"{r.n} rows of {r.d} and their sums do not fit a core's L2 cache beside W"
+    if r.n > MAX_ROWS_OF_ONE_TILE and r.d > ONE_TILE_MIN_D and r.h <= CPU_TILE_H:
+        return f"the latent of H {r.h} is one tile: plain products do with nothing to add up"
     return None
 
 
