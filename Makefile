@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 TRITON_SPEC ?= triton==3.6.0
+BUILD_REQUIRES ?= 'setuptools>=77'
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -19,6 +20,7 @@ EXAMPLE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := env -u PYTHONPATH $(PY) -m pip --disable-pip-version-check
+NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 CONSTRAINTS := $(VENV)/constraints.txt
@@ -77,6 +79,7 @@ format: $(DEV_STAMP)  ## rewrite the sources as ruff would have them
 	$(PY) -m ruff format .
 
 clean:  ## remove the virtual environment, builds and caches
+	rm -rf tiedfused/_C*.so tiedfused/_native_build.txt
 	rm -rf $(VENV) build dist *.egg-info tiedfused-bench tiedfused-profile demo.png $(EXAMPLES:%=%.png)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -88,21 +91,24 @@ setup: $(STAMP)
 HAS_GPU_TORCH = $(shell nvidia-smi >/dev/null 2>&1 && $(PYTHON) -c 'import torch; assert torch.version.cuda' \
 	2>/dev/null && echo yes)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(NATIVE_SOURCES)
 	@$(MAKE) --no-print-directory $(if $(HAS_GPU_TORCH),setup-environment,setup-pip)
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# Without build isolation, so that setup.py finds torch to build the native ops against; what it builds, and why not
+# more, is in `tiedfused info`. A new environment has an old setuptools, or none.
 setup-pip:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PIP_ARGS) '$(TORCH_SPEC)'
 	@# A CUDA build of torch brings the Triton it was built with; a CPU build brings none.
 	[ "$$(uname)" != Linux ] || $(PY) -c 'import triton' 2>/dev/null || $(PIP) install $(PIP_ARGS) '$(TRITON_SPEC)'
 	@$(MAKE) --no-print-directory constraints
-	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[test,demo]'
+	$(PIP) install $(PIP_ARGS) $(BUILD_REQUIRES)
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-build-isolation -e '.[test,demo]'
 
 # Without a pip of its own the new environment uses $(PYTHON)'s pip and setuptools, which match its packages. The .pth
 # line serves a $(PYTHON) that is itself a virtual environment, which --system-site-packages looks past.
@@ -113,8 +119,9 @@ setup-environment:
 	@$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 	  > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment-torch.pth"
 	@$(MAKE) --no-print-directory constraints
-	$(PIP) install $(PIP_ARGS) --retries 1 -c $(CONSTRAINTS) -e '.[test,demo]' || \
+	$(PIP) install $(PIP_ARGS) --retries 1 -c $(CONSTRAINTS) --no-build-isolation -e '.[test,demo]' || \
 	  $(PIP) install --no-build-isolation --no-deps -e . || \
+	  $(PIP) install $(PIP_ARGS) --retries 1 -c $(CONSTRAINTS) -e '.[test,demo]' || \
 	  echo 'pip cannot install here: running from the source tree, with the packages of $(PYTHON)'
 
 # Whatever pip installs later, torch and Triton stay what they are.
