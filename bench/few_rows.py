@@ -39,8 +39,8 @@ CAPTION = (
 
 
 def main(
-    shape: Annotated[list[str], typer.Option(help="d,H; may be given several times")] = SHAPES,  # noqa: B006
-    n: Annotated[list[int], typer.Option(min=1, max=64, help="rows of x; may be given several times")] = ROWS,  # noqa: B006
+    shape: Annotated[list[str], typer.Option(help="d,H; may be given several times")] = SHAPES,
+    n: Annotated[list[int], typer.Option(min=1, max=64, help="rows of x; may be given several times")] = ROWS,
     dtype: Annotated[list[str], typer.Option(help="may be given several times")] = list(DTYPES),  # noqa: B006
     rounds: Annotated[int, typer.Option(min=3, help="timed calls of every peer")] = 9,
     out: Annotated[Path | None, typer.Option(help="add the results to this JSON file, as they come")] = None,
