@@ -45,11 +45,11 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::op
       activation_of("activation", activation),
       activation_of("output_activation", output_activation),
   };
-  const int64_t threads = torch::stable::get_num_threads();
-  const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, threads));
+  const int64_t parts = cpu::parts_for(problem, torch::stable::get_num_threads());
+  const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, parts));
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   cpu::few_rows(
-      *kernel, problem, threads, workspace.mutable_data_ptr(), [](int64_t count, cpu::Body body, void* context) {
+      *kernel, problem, parts, workspace.mutable_data_ptr(), [](int64_t count, cpu::Body body, void* context) {
         torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
       });
   return y;

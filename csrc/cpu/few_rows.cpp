@@ -89,6 +89,13 @@ const Kernel* find_kernel(const char* name) {
   return nullptr;
 }
 
+int64_t parts_for(const Problem& p, int64_t threads) {
+  // Waking a thread takes some µs, in which one core alone does about as many multiply-adds with W in its cache.
+  constexpr int64_t kWorkOfPart = 1 << 15;
+  const int64_t parts = p.n * p.d * p.h / kWorkOfPart;
+  return parts < 1 ? 1 : parts < threads ? parts : threads;
+}
+
 std::size_t workspace_bytes(const Problem& p, int64_t parts) { return Workspace(p, parts, nullptr).bytes; }
 
 void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memory, ParallelFor parallel_for) {
@@ -108,6 +115,7 @@ void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memor
     int64_t parts;
   } context{p, workspace, of.part, parts};
 
+  if (parts == 1) parallel_for = [](int64_t count, Body body, void* pointer) { body(0, count, pointer); };
   parallel_for(
       parts,
       [](int64_t begin, int64_t end, void* pointer) {

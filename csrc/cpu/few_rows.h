@@ -53,6 +53,9 @@ extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
 // The best kernel that runs here, or the one of that name; null if there is none such.
 const Kernel* find_kernel(const char* name = nullptr);
 
+// How many parts H is cut into for `threads` threads.
+int64_t parts_for(const Problem&, int64_t threads);
+
 // Bytes that `few_rows` needs, aligned to kAlignment.
 std::size_t workspace_bytes(const Problem&, int64_t parts);
 
