@@ -38,7 +38,8 @@ def load(folder: Path) -> Extension:
     note = note_file.read_text().strip() if note_file.exists() else ""
     libraries = [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]
     if not libraries:
-        return Extension(f"the native ops were not built{f': {note}' if note else ''}", note=note)
+        why = note or "pip install --no-build-isolation builds them"
+        return Extension(f"the native ops were not built: {why}", note=note)
     try:
         torch.ops.load_library(libraries[0])
         lines = torch.ops.tiedfused.native_info().splitlines()
