@@ -94,9 +94,10 @@ def native() -> dict:
 
         def run(self):
             extensions_of = dict(zip(extensions, self.extensions, strict=True))
-            built, why = None, no_cuda
+            built, why, inplace = None, no_cuda, self.inplace
             for name, extension in extensions_of.items():
                 self.extensions = [extension]
+                self.inplace = inplace  # a run that fails leaves it off
                 try:
                     super().run()
                     built = name
@@ -110,7 +111,7 @@ def native() -> dict:
             note = f"built for {built}" if built else "nothing built"
             note += f" ({why})" if why else ""
             say(f"native ops: {note}")
-            folders = [os.path.join(self.build_lib, "tiedfused"), *(["tiedfused"] if self.inplace else [])]
+            folders = [os.path.join(self.build_lib, "tiedfused"), *(["tiedfused"] if inplace else [])]
             for folder in map(pathlib.Path, folders):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / BUILD_NOTE).write_text(note + "\n")
