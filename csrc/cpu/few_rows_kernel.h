@@ -31,6 +31,11 @@ constexpr int kBlock = 32;  // most rows of W at a time
 template <typename T>
 constexpr int kSmallBlock = sizeof(T) == 4 ? 8 : 12;
 constexpr int kRowsOfSmallBlock = 4;
+// Up to so many rows memory is what has to be kept busy, and the next block is asked for at every step of the inner
+// loops; with more, once a tile of the decode product. Two cores, W of 100 to 300 MB, ms of the latter and of the
+// former: fp32, d 2304, N 8 and 16: 7.3 and 5.3, 9.6 and 8.2; bf16, d 768, N 8 and 16: 3.7 and 3.4, 6.0 and 5.1, N
+// 64: 9.7 and 10.7.
+constexpr int kRowsOfOften = 16;
 // A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
 constexpr int64_t kBlockBytes = 320 << 10;
 // The encode product goes over W's columns in panels, so that kEncodeX rows of x stay in L1 while the block's rows
@@ -62,14 +67,43 @@ inline void in_tiles(int64_t n, F&& f) {
   }
 }
 
+// Asks for the next block of W while one is computed with, `bytes_a_step` at every step: asked for all at once, its
+// lines fill the core's queue of misses and stop it, and memory idles afterwards.
+class Prefetch {
+ public:
+  Prefetch(const void* first, int64_t row_bytes, int64_t stride_bytes, int64_t rows, int64_t steps)
+      : row_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_bytes_(stride_bytes), rows_(rows) {
+    if (rows > 0) bytes_a_step_ = up(up(row_bytes, kLine) * kLine * rows, steps);
+  }
+
+  void step() {
+    for (due_ += bytes_a_step_; due_ >= kLine; due_ -= kLine) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= row_bytes_) {
+        at_ = 0;
+        row_ += stride_bytes_;
+        if (--rows_ == 0) bytes_a_step_ = due_ = 0;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  const char* row_;
+  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0, bytes_a_step_ = 0, due_ = 0;
+};
+
 // pre[i * kBlock + j] += Σₖ xᵢₖ Wⱼₖ over `size` columns, for kX rows of x and the Ops' kEncodeW rows of W. The first of
 // the columns is x[0], and rows[j][column].
-template <typename O, int kX, typename T>
+template <typename O, int kX, bool kOften, typename T>
 inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* const* rows, int64_t column, int64_t size,
-                        float* pre) {
+                        float* pre, Prefetch& next) {
   constexpr int kW = O::kEncodeW;
   typename O::Vector sums[kX][kW] = {};
   for (int64_t k = 0; k < size; k += O::kStep) {
+    if constexpr (kOften) next.step();
     typename O::Operand w[kW];
 #pragma GCC unroll 8
     for (int j = 0; j < kW; ++j) w[j] = O::load(rows[j] + column + k);
@@ -91,9 +125,9 @@ inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* co
 
 // sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y; `tile` holds `count` rows of W as `columns` made
 // it.
-template <typename O, int kX>
+template <typename O, int kX, bool kOften>
 inline void decode_tile(const typename O::Copy* latents, const typename O::Operand* tile, int count, bool first,
-                        float* sum, int64_t sum_stride) {
+                        float* sum, int64_t sum_stride, Prefetch& next) {
   constexpr int kV = O::kColumnVectors;
   typename O::Vector sums[kX][kV] = {};
   if (!first) {
@@ -103,7 +137,9 @@ inline void decode_tile(const typename O::Copy* latents, const typename O::Opera
       for (int v = 0; v < kV; ++v) sums[i][v] = O::load_sum(sum + i * sum_stride + v * O::kLanes);
     }
   }
+  if constexpr (!kOften) next.step();
   for (int j = 0; j < count; j += O::kPair, tile += kV) {
+    if constexpr (kOften) next.step();
 #pragma GCC unroll 8
     for (int i = 0; i < kX; ++i) {
       const typename O::Operand latent = O::broadcast(latents + i * kBlock + j);
@@ -117,33 +153,6 @@ inline void decode_tile(const typename O::Copy* latents, const typename O::Opera
     for (int v = 0; v < kV; ++v) O::store_sum(sum + i * sum_stride + v * O::kLanes, sums[i][v]);
   }
 }
-
-// Asks for rows of W, a few cache lines at a time, while other rows are computed with. Asking at every
-// step of the inner loops instead, which spreads it evenly, is 7 to 15% faster for N 8 and 16 in fp32, and up to 20%
-// slower for N 1 and 64 and 5 to 10% in bf16.
-class Prefetch {
- public:
-  Prefetch(const void* first, int64_t row_bytes, int64_t stride_bytes, int64_t rows)
-      : row_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_bytes_(stride_bytes), rows_(rows) {}
-
-  void lines(int64_t count) {
-    for (; count > 0 && rows_ > 0; --count) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += kLine;
-      if (at_ >= row_bytes_) {
-        at_ = 0;
-        row_ += stride_bytes_;
-        --rows_;
-      }
-    }
-  }
-
-  static constexpr int64_t kLine = 64;
-
- private:
-  const char* row_;
-  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0;
-};
 
 template <typename O, typename T>
 void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum) {
@@ -163,7 +172,11 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
 
   const int64_t panels = up(whole, kPanelBytes / static_cast<int64_t>(sizeof(Copy)));
   const int64_t panel = panels ? up(whole / kColumns, panels) * kColumns : kColumns;
-  const int64_t lines_a_tile = up(block * up(p.d * sizeof(T), Prefetch::kLine), padded / kTile);
+  const bool often = p.n <= kRowsOfOften;
+  const int64_t encode_steps = often ? padded / O::kStep : 0;
+  const int64_t decode_steps = often ? up(block, O::kPair) : 1;
+  const int64_t steps = encode_steps * up(p.n, O::kEncodeX) * (block / O::kEncodeW) +
+                        decode_steps * up(p.n, O::kDecodeX) * (padded / kTile);
 
   const T* rows[kBlock];
   const T* tail_rows[kBlock];  // the last, incomplete columns, zero-padded to kColumns
@@ -183,7 +196,7 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
 
     const int64_t left = end - row - count;
     Prefetch next(weight + (row + count) * p.weight_stride, p.d * sizeof(T), p.weight_stride * sizeof(T),
-                  left < block ? left : block);
+                  left < block ? left : block, steps);
 
     std::memset(pre, 0, sizeof(float) * kBlock * p.n);
     for (int64_t k = 0, size = 0; k < padded; k += size) {
@@ -191,8 +204,9 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
       size = in_tail ? kColumns : whole - k < panel ? whole - k : panel;
       in_tiles<O::kEncodeX>(p.n, [&]<int kX>(int64_t i) {
         for (int j = 0; j < count; j += O::kEncodeW) {
-          encode_tile<O, kX>(x + i * padded + k, padded, (in_tail ? tail_rows : rows) + j, in_tail ? 0 : k, size,
-                             pre + i * kBlock + j);
+          const auto tile_of = often ? encode_tile<O, kX, true, T> : encode_tile<O, kX, false, T>;
+          tile_of(x + i * padded + k, padded, (in_tail ? tail_rows : rows) + j, in_tail ? 0 : k, size,
+                  pre + i * kBlock + j, next);
         }
       });
     }
@@ -212,9 +226,9 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
       for (int j = 0; j < count; j += O::kPair) {
         O::columns((in_tail ? tail_rows : rows) + j, in_tail ? k - whole : k, tile + j / O::kPair * O::kColumnVectors);
       }
-      next.lines(lines_a_tile);  // the whole next block while this one is decoded
       in_tiles<O::kDecodeX>(p.n, [&]<int kX>(int64_t i) {
-        decode_tile<O, kX>(latents + i * kBlock, tile, count, row == begin, sum + i * padded + k, padded);
+        const auto tile_of = often ? decode_tile<O, kX, true> : decode_tile<O, kX, false>;
+        tile_of(latents + i * kBlock, tile, count, row == begin, sum + i * padded + k, padded, next);
       });
     }
   }
