@@ -275,9 +275,9 @@ class Ceilings:
     library: str
 
     def rates(self, times: Mapping[str, Timing]) -> dict[str, float]:
-        """FLOP/s of the product and bytes/s of the faster of copy and read, out of `interleaved`'s times."""
+        """FLOP/s of the product, bytes/s of the read, and of the faster of copy and read; `interleaved` took the times."""
         per_s = {label: 1e3 * amount / times[label].median for label, amount in self.amounts.items()}
-        return {"gemm": per_s["gemm"], "memory": max(per_s["copy"], per_s["read"])}
+        return {"gemm": per_s["gemm"], "read": per_s["read"], "memory": max(per_s["copy"], per_s["read"])}
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

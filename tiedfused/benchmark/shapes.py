@@ -53,6 +53,7 @@ _TUNE_SMALL = (*(Shape(n, 768, 24576) for n in (16, 32, 64)), _GPU_BOTTLENECK[0]
 _CPU = (Shape(4096, 64, 4096), Shape(4096, 128, 8192), Shape(2048, 256, 8192), Shape(2048, 768, 6144))
 _CPU_BOTTLENECK = (Shape(4096, 784, 64),)
 _CPU_ROWS = tuple(Shape(n, 2304, 16384) for n in (1, 4, 16))
+_FEW_ROWS = tuple(Shape(n, d, h) for d, h in ((768, 24576), (2304, 16384), (4096, 32768)) for n in (1, 4, 8, 16, 64))
 
 LISTS: dict[str, tuple[Shape, ...]] = {
     "gpu": _GPU + _GPU_BOTTLENECK + _GPU_ROWS,
@@ -66,6 +67,7 @@ LISTS: dict[str, tuple[Shape, ...]] = {
     "cpu-stream": _CPU,
     "cpu-bottleneck": _CPU_BOTTLENECK,
     "cpu-rows": _CPU_ROWS,
+    "few-rows": _FEW_ROWS,
     "cpu-quick": (*_CPU, _CPU_BOTTLENECK[0], _CPU_ROWS[0], _CPU_ROWS[2]),
     "tiny": (Shape(256, 32, 256), Shape(4, 64, 512)),
 }
