@@ -6,7 +6,7 @@ cells   one a problem, dtype and pass: shape, dtype, pass, plan, rounds, clocks,
         bytes         peer → peak memory above operands and results
         error         peer → largest relative error of a result against float64
         skipped       peer → why it has no time
-        rates         gemm in FLOP/s, memory in bytes/s, measured in the same rounds
+        rates         gemm in FLOP/s, read and memory in bytes/s, measured in the same rounds
 memory  one a problem of the sweep over H: shape, dtype, bytes
 """
 
