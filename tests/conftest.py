@@ -11,7 +11,7 @@ import torch
 os.environ["TIEDFUSED_CONFIG_DIR"] = ""  # what a developer has tuned is not what is tested
 
 from tiedfused import activations, devices, functional, planning
-from tiedfused.regimes import tiled
+from tiedfused.regimes import native, tiled
 
 # The problems are small: a second thread makes them slower, and on a busy machine 15 times slower. Reproducibility is
 # per number of threads, so one is as good as two.
@@ -47,7 +47,11 @@ def fresh_plans() -> Iterator[None]:
 
 @pytest.fixture(params=["onednn", "blas"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> str:
-    """CPU tiles of 16 × 16 (fp32), so that small problems have many, of both product libraries; returns the library."""
+    """CPU tiles of 16 × 16 (fp32), so that small problems have many, of both product libraries; returns the library.
+
+    The native ops, which would serve inference with few rows, stay out of it.
+    """
+    monkeypatch.setattr(native, "why_not", lambda r: "the test is of tiles")
     if request.param == "onednn":
         if (why := devices.onednn_missing()) is not None:
             pytest.skip(why)

@@ -106,7 +106,7 @@ def test_mixed_dtypes_are_refused_outside_autocast_only() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("TIEDFUSED_REGIME", "cuda", "got 'cuda'; expected auto, stream, few_rows, bottleneck, chunked, tiled"),
+        ("TIEDFUSED_REGIME", "cuda", "got 'cuda'; expected auto, stream, few_rows, bottleneck, chunked, native, tiled"),
         ("TIEDFUSED_RECOMPUTE", "maybe", "got 'maybe'; expected auto, 0, 1"),
         ("TIEDFUSED_WORKSPACE_MIB", "lots", "got 'lots'; expected a number of MiB"),
         ("TIEDFUSED_WORKSPACE_MIB", "-1", "got -1; expected 0 or more"),

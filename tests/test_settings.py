@@ -19,7 +19,7 @@ def test_override_is_undone_after_an_error() -> None:
 
 def test_override_refuses_what_the_environment_would() -> None:
     with (
-        pytest.raises(ValueError, match="expected auto, stream, few_rows, bottleneck, chunked, tiled"),
+        pytest.raises(ValueError, match="expected auto, stream, few_rows, bottleneck, chunked, native, tiled"),
         settings.override(regime="cublas"),
     ):
         pass

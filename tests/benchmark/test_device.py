@@ -53,7 +53,8 @@ def test_percentiles() -> None:
 def test_rates() -> None:
     made = device.ceilings(CPU, torch.float32)
     rates = made.rates({"gemm": Timing(2, 2, 2), "copy": Timing(1, 1, 1), "read": Timing(0.25, 0.25, 0.25)})
-    assert rates == {"gemm": 2 * 64**3 / 2e-3, "memory": (1 << 16) / 0.25e-3}
+    read = (1 << 16) / 0.25e-3
+    assert rates == {"gemm": 2 * 64**3 / 2e-3, "read": read, "memory": read}
 
 
 def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def _onednn_outer(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.bfloat16:  # PyTorch's own product is oneDNN's here, and takes transposes as they are
         return a.t() @ b
     # only the second operand may be a transposed view; copying the first is 5 to 20% faster than leaving that to oneDNN
-    if a.shape[1] < b.shape[1]:
+    if a.shape[1] <= b.shape[1]:
         return _onednn_linear(a.t().contiguous(), b.t(), None, IDENTITY)
     return _onednn_linear(b.t().contiguous(), a.t(), None, IDENTITY).t()
 
@@ -370,6 +370,6 @@ def _one_tile_backward(
     grad_a = f.backward(grad_h, saved)
     return (
         products.linear(grad_a, weight.t(), None, IDENTITY) if need_x else None,
-        products.add_outer(products.outer(grad_a, x), h, grad_z) if need_weight else None,
+        products.add_outer(products.outer(grad_a, x), h, grad_z).contiguous() if need_weight else None,
         grad_a.sum(0) if need_bias else None,
     )

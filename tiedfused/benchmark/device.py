@@ -275,7 +275,7 @@ class Ceilings:
     library: str
 
     def rates(self, times: Mapping[str, Timing]) -> dict[str, float]:
-        """FLOP/s of the product, bytes/s of the read, and of the faster of copy and read; `interleaved` took the times."""
+        """FLOP/s of the product, bytes/s of the read and of the faster of copy and read, from `interleaved`'s times."""
         per_s = {label: 1e3 * amount / times[label].median for label, amount in self.amounts.items()}
         return {"gemm": per_s["gemm"], "read": per_s["read"], "memory": max(per_s["copy"], per_s["read"])}
 

@@ -45,8 +45,9 @@ def forward(r: Request, keep: bool) -> Part | str:
     # own, with W stationary, would need no such sums, and execute half of the forward's FLOPs again. Two tiles for each
     # multiprocessor fill the GPU; more in a launch would only take more memory.
     one = part.passes[0]
-    assert isinstance(one.tile, Tile)
-    tiles_in_all, of_a_tile = math.ceil(r.n / one.tile.block_n), STATS_BYTES * r.h
+    tile = one.tile
+    assert isinstance(tile, Tile)
+    tiles_in_all, of_a_tile = math.ceil(r.n / tile.block_n), STATS_BYTES * r.h
     at_once = min(tiles_in_all, 2 * r.multiprocessors, r.in_force.workspace_bytes // 2 // of_a_tile)
     if at_once == 0:
         return f"the statistics' sums of {r.h} latents for one tile of rows do not fit the workspace"
@@ -55,7 +56,7 @@ def forward(r: Request, keep: bool) -> Part | str:
         workspace_bytes=one.workspace_bytes + at_once * of_a_tile,
         bytes_moved=one.bytes_moved + 2 * tiles_in_all * of_a_tile,
     )
-    return dataclasses.replace(part, passes=(one,), chunk=(min(r.n, at_once * one.tile.block_n), r.h))
+    return dataclasses.replace(part, passes=(one,), chunk=(min(r.n, at_once * tile.block_n), r.h))
 
 
 def backward(r: Request, keep: bool) -> Part | str:
