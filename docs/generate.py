@@ -80,6 +80,29 @@ def regimes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def few_rows() -> str:
+    """The markdown table of bench/results/few-rows: the native regime beside PyTorch and tiles, with W out of cache."""
+    files = [json.loads(path.read_text()) for path in sorted((FOLDER.parent / "bench/results/few-rows").glob("*.json"))]
+    cells = [cell for results in files for cell in results["cells"]]
+    cells.sort(key=lambda cell: (cell["dtype"] != "float32", cell["shape"][1:], cell["shape"][0]))
+    lines = [
+        "| N, d, H | dtype | eager | compile | tiled | native ms | × eager | × tiled | GB/s | read | % of it | plan |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        (n, d, h), ms = cell["shape"], {peer: times[0] for peer, times in cell["ms"].items()}
+        if cell["plan"]["regime"] == "native":
+            ms["native"] = ms["tiedfused"]  # without planning anew for every call, as one under `override` is
+        rate = d * h * getattr(torch, cell["dtype"]).itemsize / ms["native"] * 1e3
+        times = (f"{ms[peer]:.3g}" for peer in ("eager", "compile", "tiled", "native"))
+        gains = (f"{ms[peer] / ms['native']:.2f}" for peer in ("eager", "tiled"))
+        read = cell["rates"]["read"]
+        rates = (f"{rate / 1e9:.1f}", f"{read / 1e9:.0f}", f"{100 * rate / read:.0f}")
+        row_cells = (f"{n}, {d}, {h}", cell["dtype"], *times, *gains, *rates, cell["plan"]["regime"])
+        lines.append("| " + " | ".join(row_cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def environment() -> str:
     """The table of environment variables, from where they are read."""
     return "\n".join(line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")) + "\n"
@@ -96,7 +119,7 @@ def markdown(part: str | dict[str, Any]) -> str:
 
 def blocks() -> dict[str, Callable[[], str]]:
     """Every block by its name; those of an example are named ``example.part``, of what its --docs wrote to data/."""
-    found: dict[str, Callable[[], str]] = {"regimes": regimes, "environment": environment}
+    found: dict[str, Callable[[], str]] = {"regimes": regimes, "few_rows": few_rows, "environment": environment}
     for path in sorted((FOLDER / "data").glob("*.json")):
         for name, part in json.loads(path.read_text(encoding="utf-8"))["shown"].items():
             found[f"{path.stem}.{name}"] = functools.partial(markdown, part)

@@ -35,7 +35,8 @@ constexpr int kRowsOfSmallBlock = 4;
 // loops; with more, once a tile of the decode product. Two cores, W of 100 to 300 MB, ms of the latter and of the
 // former: fp32, d 2304, N 8 and 16: 7.3 and 5.3, 9.6 and 8.2; bf16, d 768, N 8 and 16: 3.7 and 3.4, 6.0 and 5.1, N
 // 64: 9.7 and 10.7.
-// A single row leaves the caches' own prefetcher time to follow the encode product: N 1 in fp32 3.5 and 3.9, 5.7 and 6.2.
+// A single row leaves the caches' own prefetcher time to follow the encode product: N 1 in fp32 3.5 and 3.9, 5.7 and
+// 6.2.
 constexpr int kRowsOfOften = 16;
 // A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
 constexpr int64_t kBlockBytes = 320 << 10;
