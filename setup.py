@@ -49,10 +49,11 @@ def native() -> dict:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError:
+    except Exception as error:  # a torch that is installed may lack libraries: OSError
         if MODE != "auto":
             raise SystemExit(f"TIEDFUSED_BUILD_EXT={MODE} needs torch: pip install --no-build-isolation .") from None
-        say("native ops not built: torch is not importable here; pip install --no-build-isolation builds them")
+        why = "torch is not importable here" if isinstance(error, ImportError) else f"torch does not load: {error}"
+        say(f"native ops not built: {why}; pip install --no-build-isolation builds them")
         return {}
 
     no_cuda = None
@@ -66,6 +67,7 @@ def native() -> dict:
         raise SystemExit(f"TIEDFUSED_BUILD_EXT=cuda: {no_cuda}")
 
     flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags.append(f"-ffile-prefix-map={os.getcwd()}{os.sep}=")  # what the errors of the op name
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     depends = glob.glob("csrc/**/*.h", recursive=True)
     extensions = {}
@@ -76,7 +78,7 @@ def native() -> dict:
             [*sources, "csrc/bindings_cuda.cpp", "csrc/cuda/few_rows.cu"],
             depends=depends,
             extra_compile_args={
-                "cxx": [*flags, "-DTIEDFUSED_WITH_CUDA"],
+                "cxx": [*flags, f"-DTIEDFUSED_CUDA_ARCHS={','.join(archs)}"],
                 "nvcc": ["-O3", "-std=c++17", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)],
             },
             py_limited_api=True,
@@ -106,12 +108,14 @@ def native() -> dict:
                     if MODE != "auto":
                         raise
                     why = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+            folders = [os.path.join(self.build_lib, "tiedfused"), *(["tiedfused"] if inplace else [])]
             if built is None:
                 self.extensions = []
+                for old in (path for folder in folders for path in glob.glob(os.path.join(folder, "_C*.[sp][oy]*"))):
+                    os.remove(old)  # of other sources, or for another torch
             note = f"built for {built}" if built else "nothing built"
             note += f" ({why})" if why else ""
             say(f"native ops: {note}")
-            folders = [os.path.join(self.build_lib, "tiedfused"), *(["tiedfused"] if inplace else [])]
             for folder in map(pathlib.Path, folders):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / BUILD_NOTE).write_text(note + "\n")

@@ -60,13 +60,15 @@ std::string native_info() {
   std::string info = "cpu: ";
   info += cpu::find_kernel()->name;
   info += "\ncuda: ";
-#ifdef TIEDFUSED_WITH_CUDA
-  info += "yes";
-#else
-  info += "no";
+#ifdef TIEDFUSED_CUDA_ARCHS  // 80,90a
+#define TEXT(...) #__VA_ARGS__
+#define TEXT_OF(macro) TEXT(macro)
+  info += TEXT_OF(TIEDFUSED_CUDA_ARCHS);
+#undef TEXT_OF
+#undef TEXT
 #endif
-  info += "\nactivations:";
-#define X(name, formula) info += " " #name;
+  info += "\nactivations: ";
+#define X(name, formula) info += #name " ";
   TIEDFUSED_ACTIVATIONS(X)
 #undef X
   return info;

@@ -36,6 +36,14 @@ def test_memory_does_not_grow_with_the_latent() -> None:
     assert abs(other - one) <= MIB
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nor_where_the_latent_is_narrower_than_x(dtype: torch.dtype) -> None:
+    one, other = (step_memory(n, 784, 500, dtype, recompute=True) for n in (4096, 16384))
+    # x̄'s sum in fp32 is of x's size
+    assert other - one <= (16384 - 4096) * 784 * 4 * (dtype.itemsize < 4) + MIB
+    assert one <= 4 * MIB + 4096 * 784 * 4
+
+
 def penalised_step_memory(n: int, d: int, h: int, dtype: torch.dtype) -> int:
     """Bytes above x, the weight and its gradient, of a step with an L1 penalty and a penalty on the means."""
     x, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((n, d), (h, d)))

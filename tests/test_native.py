@@ -437,6 +437,7 @@ def test_build_modes(source_tree: Path) -> None:
     assert str(extension.load(folder).why_not).startswith("the native ops were not built: pip install")
 
     without_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
+    (folder / "_C.so").write_bytes(b"left over from another source")
     auto = build(source_tree, TIEDFUSED_BUILD_EXT="auto", **without_compiler)
     assert auto.returncode == 0, auto.stderr[-2000:]
     assert str(extension.load(folder).why_not).startswith("the native ops were not built: nothing built (CPU: ")

@@ -20,14 +20,14 @@ class Extension:
     Args:
         why_not: why there are no native ops, or None if there are.
         cpu: the instruction set of the CPU op's kernel that runs here.
-        cuda: whether the CUDA op was built.
+        cuda: what the CUDA op was built for, such as "80" and "90a"; empty if it was not built.
         activations: the names of the activations that the ops have.
         note: what the build says of itself.
     """
 
     why_not: str | None
     cpu: str = ""
-    cuda: bool = False
+    cuda: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
     note: str = ""
 
@@ -42,11 +42,13 @@ def load(folder: Path) -> Extension:
         return Extension(f"the native ops were not built: {why}", note=note)
     try:
         torch.ops.load_library(libraries[0])
-        lines = torch.ops.tiedfused.native_info().splitlines()
-    except (OSError, RuntimeError, AttributeError) as error:  # for another torch, or left over from another source
-        return Extension(f"{libraries[0].name} does not load: {str(error).splitlines()[0]}", note=note)
-    info = dict(line.split(":", 1) for line in lines)
-    return Extension(None, info["cpu"].strip(), info["cuda"].strip() == "yes", tuple(info["activations"].split()), note)
+        info = dict(line.split(": ", 1) for line in torch.ops.tiedfused.native_info().splitlines())
+        cuda = tuple(filter(None, info["cuda"].split(",")))
+        return Extension(None, info["cpu"], cuda, tuple(info["activations"].split()), note)
+    # built for another torch, or left over from another source
+    except (OSError, RuntimeError, AttributeError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return Extension(f"{libraries[0].name} does not load: {reason}", note=note)
 
 
 EXTENSION = load(Path(__file__).parent)

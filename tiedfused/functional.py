@@ -134,6 +134,9 @@ def tied_encode_decode(
         or _modes()
         or x.is_meta
         or x.is_neg()
+        or weight.is_neg()
+        or (bias_enc is not None and bias_enc.is_neg())
+        or (bias_dec is not None and bias_dec.is_neg())
         or _any_autocast()
     ):
         return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)

@@ -69,8 +69,8 @@ def plan_for(
 
 
 def last_stride_one(t: Tensor) -> Tensor:
-    """t ``[N, d]`` with elements of a row next to each other; a copy only if they are not."""
-    return t if t.stride(1) == 1 else t.contiguous()
+    """t ``[N, d]`` with elements of a row next to each other, as they are in memory; a copy only if they are not."""
+    return t.resolve_neg() if t.stride(1) == 1 else t.contiguous()
 
 
 def kernel_layout(

@@ -45,6 +45,15 @@ def test_activations(activation: str, output_activation: str, biases: bool) -> N
     assert_layer_matches(layer(**options), problem(20, 17, 40, biases=biases, activation=activation), **options)
 
 
+@pytest.mark.parametrize("which", range(4), ids=["x", "weight", "bias_enc", "bias_dec"])
+def test_operand_that_is_a_negated_view(which: int) -> None:
+    """Such as the imaginary part of a conjugate: what is in memory has the other sign."""
+    operands = [t.detach() for t in problem(20, 17, 40).operands]
+    negated = [torch._neg_view(t) if i == which else t for i, t in enumerate(operands)]
+    expected = tied_encode_decode(*(t.resolve_neg() for t in negated))
+    assert torch.equal(tied_encode_decode(*negated), expected)
+
+
 @pytest.mark.parametrize("output_activation", ["sigmoid", "gelu"])
 def test_inference_applies_g_inside(output_activation: str) -> None:
     p = problem(20, 17, 40)

@@ -60,6 +60,8 @@ def why_not(r: Request) -> str | None:
         return "its CUDA kernels have not been measured; TIEDFUSED_REGIME=native asks for them"
     if not EXTENSION.cuda:
         return "the native CUDA op was not built" + (f": {EXTENSION.note}" if EXTENSION.note else "")
+    if r.gpu not in {int(arch.rstrip("af")) for arch in EXTENSION.cuda}:
+        return f"its CUDA kernels were built for {', '.join(EXTENSION.cuda)}, not for compute capability {r.gpu / 10}"
     if r.d % 8 != 0 or -(-r.n // 8) * _chunks(r.d) > 8:
         return f"its CUDA kernels do not keep {r.n} rows of {r.d} in registers"
     return None

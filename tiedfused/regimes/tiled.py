@@ -48,9 +48,8 @@ def forward(r: Request, keep: bool) -> Part:
         workspace += rows * (_sum_bytes(r) * (r.itemsize < 4) + r.itemsize)
     if r.stats:  # they widen the tile, and make one more of it
         workspace += (1 + (r.itemsize < 4)) * _latent_tile(r, tile) // r.itemsize * _sum_bytes(r)
-    trips = (
-        6 if keep else 4
-    )  # the first product writes, f reads and writes, the second product reads; keeping is a copy
+    # the first product writes, f reads and writes, the second product reads; keeping is a copy
+    trips = 6 if keep else 4
     one = _pass(
         r, tile, "forward", 2, bytes_moved, workspace, latent_trips=trips, sums=r.n * math.ceil(r.h / tile.block_h)
     )
@@ -124,6 +123,8 @@ def _fits_one_tile(r: Request) -> bool:
     A latent no wider than x takes no more memory than x, which is there anyway: tiles would save next to nothing, and
     sums over them cost. (4096, 784, 64) in bf16 on the CPU above takes 1.6 times as long in four tiles, its step 1.3.
     """
+    if r.asked_recompute and r.latent_bytes > CPU_TILE_BYTES:  # memory is what counts
+        return False
     workspace = r.in_force.workspace_bytes
     return r.h <= min(r.d, CPU_TILE_H) and r.latent_bytes <= workspace // 8 and r.h * r.d * r.itemsize <= workspace // 4
 
