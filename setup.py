@@ -111,8 +111,9 @@ def native() -> dict:
             folders = [os.path.join(self.build_lib, "tiedfused"), *(["tiedfused"] if inplace else [])]
             if built is None:
                 self.extensions = []
-                for old in (path for folder in folders for path in glob.glob(os.path.join(folder, "_C*.[sp][oy]*"))):
-                    os.remove(old)  # of other sources, or for another torch
+                for folder in map(pathlib.Path, folders):
+                    for old in (*folder.glob("_C*.so"), *folder.glob("_C*.pyd")):
+                        old.unlink()  # of other sources, or for another torch
             note = f"built for {built}" if built else "nothing built"
             note += f" ({why})" if why else ""
             say(f"native ops: {note}")

@@ -9,10 +9,9 @@
 #include <string>
 
 #include "activations.h"
+#include "cpu/few_rows.h"
 
 namespace tiedfused {
-
-constexpr int64_t kMostRows = 64;  // of x
 
 inline Activation activation_of(const char* argument, const std::string& name) {
 #define X(known, formula) \
@@ -33,7 +32,8 @@ inline void check_operands(const torch::stable::Tensor& x, const torch::stable::
                   "weight: expected shape [H, d], both at least 1");
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(1), "x: expected shape [N, ", weight.size(1),
                   "], as weight has ", weight.size(1), " columns");
-  STD_TORCH_CHECK(x.size(0) >= 1 && x.size(0) <= kMostRows, "x: expected 1 to ", kMostRows, " rows, got ", x.size(0));
+  STD_TORCH_CHECK(x.size(0) >= 1 && x.size(0) <= cpu::kMaxRows, "x: expected 1 to ", cpu::kMaxRows, " rows, got ",
+                  x.size(0));
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "x: expected a last stride of 1, got ", x.stride(1));
   STD_TORCH_CHECK(weight.stride(1) == 1 || weight.size(1) == 1, "weight: expected a last stride of 1, got ",
                   weight.stride(1));
