@@ -1,4 +1,5 @@
-// torch.ops.tiedfused.few_rows on the CPU, on the LibTorch stable ABI: one shared object for every torch ≥ 2.11.
+// torch.ops.tiedfused.few_rows and few_rows_stats on the CPU, on the LibTorch stable ABI: one shared object for every
+// torch ≥ 2.11.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "cpu/few_rows.h"
 #include "operands.h"
@@ -23,10 +25,10 @@ cpu::Dtype cpu_dtype(ScalarType type) {
                                         : cpu::Dtype::float16;
 }
 
-// y [N, d] of x [N, d], N ≤ 64. `isa` names the kernel's build, none: the best that runs here.
-Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::optional<Tensor> bias_dec,
-                std::string activation, std::string output_activation, std::optional<std::string> isa) {
-  check_operands(x, weight, bias_enc, bias_dec);
+// y [N, d] of x [N, d], N ≤ 64.
+Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_enc,
+           const std::optional<Tensor>& bias_dec, const std::string& activation, const std::string& output_activation,
+           const std::optional<std::string>& isa, LatentStats stats) {
   const cpu::Kernel* kernel = cpu::find_kernel(isa.has_value() ? isa->c_str() : nullptr);
   STD_TORCH_CHECK(kernel != nullptr, "isa: no kernel '", isa.value_or(""), "' runs on this CPU");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
@@ -44,6 +46,7 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::op
       y.mutable_data_ptr(),
       activation_of("activation", activation),
       activation_of("output_activation", output_activation),
+      stats,
   };
   const int64_t parts = cpu::parts_for(problem, torch::stable::get_num_threads());
   const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, parts));
@@ -53,6 +56,25 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::op
         torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
       });
   return y;
+}
+
+// `isa` names the kernel's build, none: the best that runs here.
+Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::optional<Tensor> bias_dec,
+                std::string activation, std::string output_activation, std::optional<std::string> isa) {
+  check_operands(x, weight, bias_enc, bias_dec);
+  return run(x, weight, bias_enc, bias_dec, activation, output_activation, isa, {});
+}
+
+// y, l1 [N], l0 [N], total [H], fired [H]
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> few_rows_stats(Tensor x, Tensor weight,
+                                                                  std::optional<Tensor> bias_enc,
+                                                                  std::optional<Tensor> bias_dec,
+                                                                  std::string activation, std::string output_activation,
+                                                                  std::optional<std::string> isa) {
+  check_operands(x, weight, bias_enc, bias_dec);
+  StatsTensors s(x, weight);
+  Tensor y = run(x, weight, bias_enc, bias_dec, activation, output_activation, isa, s.pointers());
+  return {y, s.l1, s.l0, s.total, s.fired};
 }
 
 // What this shared object holds, one "key: value" a line.
@@ -80,10 +102,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tiedfused, m) {
   m.def(
       "few_rows(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, str output_activation, "
       "str? isa=None) -> Tensor");
+  m.def(
+      "few_rows_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, "
+      "str output_activation, str? isa=None) -> (Tensor y, Tensor l1, Tensor l0, Tensor total, Tensor fired)");
   m.def("native_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tiedfused, CPU, m) { m.impl("few_rows", TORCH_BOX(&few_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(tiedfused, CPU, m) {
+  m.impl("few_rows", TORCH_BOX(&few_rows));
+  m.impl("few_rows_stats", TORCH_BOX(&few_rows_stats));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tiedfused, CompositeExplicitAutograd, m) { m.impl("native_info", TORCH_BOX(&native_info)); }
 

@@ -1,6 +1,7 @@
 // What the bindings for CPU and CUDA check before they hand pointers to a kernel.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -10,6 +11,7 @@
 
 #include "activations.h"
 #include "cpu/few_rows.h"
+#include "latent_stats.h"
 
 namespace tiedfused {
 
@@ -51,5 +53,21 @@ inline void check_operands(const torch::stable::Tensor& x, const torch::stable::
   check_bias("bias_enc", bias_enc, weight.size(0));
   check_bias("bias_dec", bias_dec, weight.size(1));
 }
+
+// Room for the latent's statistics.
+struct StatsTensors {
+  torch::stable::Tensor l1, l0, total, fired;
+
+  StatsTensors(const torch::stable::Tensor& x, const torch::stable::Tensor& weight)
+      : l1(torch::stable::new_empty(x, {x.size(0)}, torch::headeronly::ScalarType::Float)),
+        l0(torch::stable::new_empty(x, {x.size(0)}, torch::headeronly::ScalarType::Long)),
+        total(torch::stable::new_empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Float)),
+        fired(torch::stable::new_empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Long)) {}
+
+  LatentStats pointers() {
+    return {static_cast<float*>(l1.mutable_data_ptr()), static_cast<int64_t*>(l0.mutable_data_ptr()),
+            static_cast<float*>(total.mutable_data_ptr()), static_cast<int64_t*>(fired.mutable_data_ptr())};
+  }
+};
 
 }  // namespace tiedfused

@@ -198,7 +198,8 @@ def test_gradient_is_an_error() -> None:
 @native
 @pytest.mark.parametrize("biases", [(None, None), (B, C)], ids=["no biases", "biases"])
 def test_op_as_pytorch_sees_it(biases) -> None:
-    torch.library.opcheck(torch.ops.tiedfused.few_rows.default, (X, W, *biases, "relu", "tanh"))
+    for op in (torch.ops.tiedfused.few_rows, torch.ops.tiedfused.few_rows_stats):
+        torch.library.opcheck(op.default, (X, W, *biases, "relu", "tanh"))
 
 
 @native
@@ -241,7 +242,8 @@ def test_plan_takes_it_where_it_wins() -> None:
                 assert regime(n, d, h, dtype) == "native", (n, d, h, dtype)
     assert regime(65, 256, 256) == regime(0, 256, 256) == "tiled"
     assert regime(4, 256, 256, torch.float64) == "tiled"
-    assert regime(4, 256, 256, grad=True) == regime(4, 256, 256, stats=True) == "tiled"
+    assert regime(4, 256, 256, grad=True) == "tiled"
+    assert regime(4, 256, 256, stats=True) == "native"
     assert regime(1, 1, 1) == regime(4, 8, 16) == "tiled"  # the call takes longer than the arithmetic
     assert regime(64, 1024, 1024) == regime(16, 16384, 4096) == "tiled"  # measured to be slower there
     assert regime(64, 1024, 1024, torch.float16) == "native"
@@ -253,11 +255,43 @@ def test_plan_takes_it_where_it_wins() -> None:
 
 
 @native
-def test_statistics_come_from_another_regime() -> None:
-    with torch.no_grad():
-        y, stats = tied_encode_decode(X, W, B, C, return_stats=True)
-    torch.testing.assert_close(y, few_rows(X, W, B, C))
-    assert stats.l0.shape == (3,)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "h", "f"), [(1, 1, 1, "relu"), (5, 70, 333, "relu"), (64, 33, 41, "gelu"), (3, 40, 77, "sigmoid")]
+)
+def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str) -> None:
+    operands = [None if t is None else t.detach() for t in problem(n, d, h, dtype, activation=f).operands]
+    y = few_rows(*operands, f=f, isa=isa)
+    again, l1, l0, total, fired = torch.ops.tiedfused.few_rows_stats(*operands, f, "identity", isa)
+    assert torch.equal(again, y)
+    eager, truth = (
+        reference.latent_stats(reference.encode(*t[:3], activation=f))  # type: ignore[arg-type]
+        for t in (operands, [None if t is None else t.double() for t in operands])
+    )
+    assert_close(l1, eager.l1, truth.l1, dtype, "l1")
+    assert_close(total / n, eager.mean, truth.mean, dtype, "mean")
+    assert torch.equal(l0, truth.l0)
+    assert torch.equal(fired, truth.fired)
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_statistics_of_the_layer(threads: int) -> None:
+    x, weight, bias_enc, bias_dec = (t.detach() for t in problem(6, 40, 70, torch.bfloat16).operands)
+    x[1, 3] = float("nan")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            with settings.override(regime="native"):
+                y, stats = tied_encode_decode(x.view(2, 3, 40), weight, bias_enc, bias_dec, return_stats=True)
+            with settings.override(regime="tiled"):
+                expected = tied_encode_decode(x.view(2, 3, 40), weight, bias_enc, bias_dec, return_stats=True)
+        torch.testing.assert_close((y, stats), expected, equal_nan=True)
+        assert stats.l0[0, 1] == 70  # a NaN counts as active
+    finally:
+        torch.set_num_threads(before)
 
 
 @native

@@ -54,17 +54,25 @@ def load(folder: Path) -> Extension:
 EXTENSION = load(Path(__file__).parent)
 
 
-def _fake(x, weight, bias_enc, bias_dec, activation, output_activation, isa=None):  # type: ignore[no-untyped-def]
+def _fake(x, weight, bias_enc, bias_dec, *_):  # type: ignore[no-untyped-def]
     for name, t in (("weight", weight), ("bias_enc", bias_enc), ("bias_dec", bias_dec)):
         if t is not None and t.device != x.device:  # one operand on meta is enough to be sent here
             raise RuntimeError(f"{name}: expected on {x.device}, as x, got {t.device}")
     return x.new_empty(x.shape)
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> NoReturn:
+def _fake_stats(x, weight, *others):  # type: ignore[no-untyped-def]
+    y, (n, _), (h, _) = _fake(x, weight, *others), x.shape, weight.shape
+    sums, counts = {"dtype": torch.float32}, {"dtype": torch.int64}
+    return y, x.new_empty(n, **sums), x.new_empty(n, **counts), x.new_empty(h, **sums), x.new_empty(h, **counts)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("few_rows: the native op has no backward; tied_encode_decode has one")
 
 
 if EXTENSION.why_not is None:
     torch.library.register_fake("tiedfused::few_rows", _fake)
+    torch.library.register_fake("tiedfused::few_rows_stats", _fake_stats)
     torch.library.register_autograd("tiedfused::few_rows", _backward)
+    torch.library.register_autograd("tiedfused::few_rows_stats", _backward)

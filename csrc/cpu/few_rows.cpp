@@ -13,11 +13,13 @@ std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlig
 
 int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns; }
 
-// The workspace: a row of zeros, the copy of x, and every thread's part of y.
+// The workspace: a row of zeros, the copy of x, and every thread's part of y and of the rows' statistics.
 struct Workspace {
   char* zeros;
   char* x;
   float* parts;
+  int64_t* l0;
+  float* l1;
   std::size_t bytes;
 
   Workspace(const Problem& p, int64_t parts_count, void* memory) {
@@ -25,7 +27,10 @@ struct Workspace {
     zeros = static_cast<char*>(memory);
     x = zeros + aligned(row);
     parts = reinterpret_cast<float*>(x + p.n * row);
+    l0 = reinterpret_cast<int64_t*>(parts + parts_count * p.n * padded(p.d));
+    l1 = reinterpret_cast<float*>(l0 + parts_count * p.n);
     bytes = aligned(row) + p.n * row + parts_count * p.n * row;
+    if (p.stats.wanted()) bytes += parts_count * p.n * (sizeof *l0 + sizeof *l1);
   }
 };
 
@@ -121,8 +126,9 @@ void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memor
       [](int64_t begin, int64_t end, void* pointer) {
         const auto& c = *static_cast<Context*>(pointer);
         for (int64_t i = begin; i < end; ++i) {
-          float* sum = c.workspace.parts + i * c.p.n * padded(c.p.d);
-          c.part(c.p, c.workspace.x, c.workspace.zeros, c.p.h * i / c.parts, c.p.h * (i + 1) / c.parts, sum);
+          const Workspace& w = c.workspace;
+          c.part(c.p, w.x, w.zeros, c.p.h * i / c.parts, c.p.h * (i + 1) / c.parts, w.parts + i * c.p.n * padded(c.p.d),
+                 w.l1 + i * c.p.n, w.l0 + i * c.p.n);
         }
       },
       &context);
@@ -136,6 +142,15 @@ void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memor
         combine_of(c.p, c.workspace.parts, c.parts, begin, end);
       },
       &context);
+  if (!p.stats.wanted()) return;
+  for (int64_t i = 0; i < p.n; ++i) {
+    p.stats.l1[i] = 0.0f;
+    p.stats.l0[i] = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      p.stats.l1[i] += workspace.l1[part * p.n + i];
+      p.stats.l0[i] += workspace.l0[part * p.n + i];
+    }
+  }
 }
 
 }  // namespace tiedfused::cpu

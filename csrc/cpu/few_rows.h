@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../activations.h"
+#include "../latent_stats.h"
 
 namespace tiedfused::cpu {
 
@@ -30,11 +31,14 @@ struct Problem {
   const void* bias_dec;
   void* y;  // [n, d], contiguous
   Activation activation, output_activation;
+  LatentStats stats;
 };
 
 // One thread's share: rows [begin, end) of W. `x` is the padded copy of x; `sum` [n, d padded] in fp32 is overwritten
-// with the share's part of y; `zeros` is a row of d zeros in `dtype`.
-using Part = void (*)(const Problem&, const void* x, const void* zeros, int64_t begin, int64_t end, float* sum);
+// with the share's part of y, and if there are statistics, so are its rows of `l1` and `l0`, [n] each, and its latents
+// in the problem's; `zeros` is a row of d zeros in `dtype`.
+using Part = void (*)(const Problem&, const void* x, const void* zeros, int64_t begin, int64_t end, float* sum,
+                      float* l1, int64_t* l0);
 
 // The kernel as built for one instruction set.
 struct Kernel {

@@ -156,8 +156,30 @@ inline void decode_tile(const typename O::Copy* latents, const typename O::Opera
   }
 }
 
+// Adds one row of x's latents h[0…count), zeros up to kBlock, to the row's statistics and to the latents' own.
+inline void add_stats(const float* h, int count, float& l1, int64_t& l0, float* total, int64_t* fired) {
+  constexpr int kSums = 8;  // side by side, for the compiler to put them in registers
+  float sums[kSums] = {};
+  int active[kSums] = {};
+  for (int j = 0; j < kBlock; j += kSums) {
+    for (int s = 0; s < kSums; ++s) {
+      sums[s] += h[j + s] < 0.0f ? -h[j + s] : h[j + s];
+      active[s] += h[j + s] != 0.0f;
+    }
+  }
+  for (int s = 0; s < kSums; ++s) {
+    l1 += sums[s];
+    l0 += active[s];
+  }
+  for (int j = 0; j < count; ++j) {
+    total[j] += h[j];
+    fired[j] += h[j] != 0.0f;
+  }
+}
+
 template <typename O, typename T>
-void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum) {
+void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum, float* l1,
+          int64_t* l0) {
   using Copy = typename O::Copy;
   constexpr int kTile = O::kColumnVectors * O::kLanes;
   static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kBlock % O::kEncodeW == 0 &&
@@ -189,6 +211,13 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   for (int j = 0; j < kBlock; ++j) tail_rows[j] = tails + j * kColumns;
 
   if (begin == end) std::memset(sum, 0, sizeof(float) * p.n * padded);
+  const LatentStats& stats = p.stats;
+  if (stats.wanted()) {
+    std::memset(l1, 0, sizeof(float) * p.n);
+    std::memset(l0, 0, sizeof(int64_t) * p.n);
+    std::memset(stats.total + begin, 0, sizeof(float) * (end - begin));
+    std::memset(stats.fired + begin, 0, sizeof(int64_t) * (end - begin));
+  }
   for (int64_t row = begin; row < end; row += block) {
     const int count = static_cast<int>(end - row < block ? end - row : block);
     for (int j = 0; j < block; ++j) {
@@ -221,6 +250,10 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
       // the decode product reads latents of the weight's dtype
       for (int j = 0; j < count; ++j) latents[i * kBlock + j] = O::latent(a[j]);
       for (int j = count; j < block; ++j) latents[i * kBlock + j] = Copy{};
+      if (stats.wanted()) {
+        for (int j = 0; j < kBlock; ++j) a[j] = j < count ? widen(latents[i * kBlock + j]) : 0.0f;
+        add_stats(a, count, l1[i], l0[i], stats.total + row, stats.fired + row);
+      }
     }
 
     for (int64_t k = 0; k < padded; k += kTile) {

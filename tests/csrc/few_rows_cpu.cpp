@@ -2,8 +2,9 @@
 // operands are allocated to the byte, so that one step too far is one step out of an allocation.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
+#include <new>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -32,6 +33,8 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
   const auto weight = normal<T>((h - 1) * weight_stride + d, 1.0f / std::sqrt(static_cast<float>(d)));
   const auto bias_enc = normal<T>(h, 0.5f), bias_dec = normal<T>(d, 0.5f);
   std::vector<T> y(n * d);
+  std::vector<float> l1(n), total(h);
+  std::vector<int64_t> l0(n), fired(h);
   const Problem p{dtype,
                   n,
                   d,
@@ -44,18 +47,21 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
                   biases ? bias_dec.data() : nullptr,
                   y.data(),
                   Activation::silu,
-                  Activation::identity};
-  void* workspace = std::aligned_alloc(kAlignment, workspace_bytes(p, parts));
+                  Activation::identity,
+                  {l1.data(), l0.data(), total.data(), fired.data()}};
+  void* workspace = ::operator new(workspace_bytes(p, parts), std::align_val_t{kAlignment});
   few_rows(kernel, p, parts, workspace, [](int64_t count, Body body, void* context) { body(0, count, context); });
-  std::free(workspace);
+  ::operator delete(workspace, std::align_val_t{kAlignment});
 
-  double error = 0, size = 0;
+  double error = 0, size = 0, l1_error = 0, total_error = 0;
   std::vector<double> latent(h);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < h; ++j) {
       double a = biases ? widen(bias_enc[j]) : 0;
       for (int64_t k = 0; k < d; ++k) a += double{widen(x[i * x_stride + k])} * widen(weight[j * weight_stride + k]);
       latent[j] = a / (1 + std::exp(-a));
+      l1_error += std::abs(latent[j]);
+      total_error += latent[j];
     }
     for (int64_t k = 0; k < d; ++k) {
       double z = biases ? widen(bias_dec[k]) : 0;
@@ -65,7 +71,14 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
     }
   }
   const double bound = dtype == Dtype::float32 ? 1e-6 : dtype == Dtype::bfloat16 ? 1e-2 : 1e-3;
-  if (std::sqrt(error) <= bound * std::sqrt(size)) return true;
+  const double l1_size = l1_error;
+  for (const float v : l1) l1_error -= v;
+  for (const float v : total) total_error -= v;
+  const bool stats = std::abs(l1_error) <= bound * l1_size && std::abs(total_error) <= bound * l1_size &&
+                     std::accumulate(l0.begin(), l0.end(), int64_t{0}) == n * h &&
+                     std::accumulate(fired.begin(), fired.end(), int64_t{0}) == n * h;
+  if (!stats) std::puts("statistics are wrong");
+  if (stats && std::sqrt(error) <= bound * std::sqrt(size)) return true;
   std::printf("%s: dtype %d, N %ld, d %ld, H %ld, parts %ld: relative error %g\n", kernel.name, static_cast<int>(dtype),
               long(n), long(d), long(h), long(parts), std::sqrt(error / size));
   return false;

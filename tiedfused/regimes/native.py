@@ -37,8 +37,8 @@ def why_not(r: Request) -> str | None:
         return f"there are native ops for the CPU and for CUDA devices, the tensors are on {r.device_type}"
     if r.grad:
         return "the native ops have no backward"
-    if r.stats:
-        return "its kernel gives no statistics of the latent"
+    if r.stats and r.device_type == "cuda":
+        return "its CUDA kernels give no statistics of the latent"
     if r.n == 0:
         return "there are no rows: y is empty"
     if r.n > MAX_ROWS:
@@ -96,12 +96,13 @@ def forward(r: Request, keep: bool) -> Part | str:
     on_cpu = r.device_type == "cpu"
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     parts = r.threads if on_cpu else r.multiprocessors
-    sums = parts * r.n * r.d * 4
+    stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
+    sums = parts * (r.n * r.d * 4 + (r.n * 12 if r.stats else 0))
     workspace = sums + (r.n + 1) * r.d * 4 if on_cpu else sums
     flops = 4 * r.ndh
-    predicted = kernel_ms(r, flops=flops, efficiency=EFFICIENCY, memory_bytes=2 * x + w)
+    predicted = kernel_ms(r, flops=flops, efficiency=EFFICIENCY, memory_bytes=2 * x + w + stats)
     tile = NativeTile(EXTENSION.cpu if on_cpu else "cuda")
-    one = Pass("few_rows", tile, "default", parts, flops, 2 * x + w + 2 * sums, workspace, predicted)
+    one = Pass("few_rows", tile, "default", parts, flops, 2 * x + w + stats + 2 * sums, workspace, predicted)
     return Part("native", "native", (one,), f"N {r.n} ≤ {MAX_ROWS}: every row of W is read once, for both products")
 
 
