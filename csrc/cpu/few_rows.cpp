@@ -11,8 +11,6 @@ constexpr std::size_t kItemsize[] = {4, 2, 2};
 
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns; }
-
 // The workspace: a row of zeros, the copy of x, and every thread's part of y and of the rows' statistics.
 struct Workspace {
   char* zeros;
@@ -23,11 +21,11 @@ struct Workspace {
   std::size_t bytes;
 
   Workspace(const Problem& p, int64_t parts_count, void* memory) {
-    const std::size_t row = sizeof(float) * padded(p.d);
+    const std::size_t row = sizeof(float) * row_stride(p.d);
     zeros = static_cast<char*>(memory);
     x = zeros + aligned(row);
     parts = reinterpret_cast<float*>(x + p.n * row);
-    l0 = reinterpret_cast<int64_t*>(parts + parts_count * p.n * padded(p.d));
+    l0 = reinterpret_cast<int64_t*>(parts + parts_count * p.n * row_stride(p.d));
     l1 = reinterpret_cast<float*>(l0 + parts_count * p.n);
     bytes = aligned(row) + p.n * row + parts_count * p.n * row;
     if (p.stats.wanted()) bytes += parts_count * p.n * (sizeof *l0 + sizeof *l1);
@@ -36,7 +34,7 @@ struct Workspace {
 
 template <typename To, typename From>
 void copy_x(const Problem& p, void* to) {
-  const int64_t width = padded(p.d);
+  const int64_t width = row_stride(p.d);
   for (int64_t i = 0; i < p.n; ++i) {
     const From* row = static_cast<const From*>(p.x) + i * p.x_stride;
     To* out = static_cast<To*>(to) + i * width;
@@ -53,7 +51,7 @@ void copy_x(const Problem& p, void* to) {
 
 template <typename T>
 void combine(const Problem& p, const float* parts, int64_t count, int64_t begin, int64_t end) {
-  const int64_t width = padded(p.d);
+  const int64_t width = row_stride(p.d);
   const T* bias = static_cast<const T*>(p.bias_dec);
   constexpr int kChunk = 256;
   float z[kChunk];
@@ -127,8 +125,8 @@ void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memor
         const auto& c = *static_cast<Context*>(pointer);
         for (int64_t i = begin; i < end; ++i) {
           const Workspace& w = c.workspace;
-          c.part(c.p, w.x, w.zeros, c.p.h * i / c.parts, c.p.h * (i + 1) / c.parts, w.parts + i * c.p.n * padded(c.p.d),
-                 w.l1 + i * c.p.n, w.l0 + i * c.p.n);
+          c.part(c.p, w.x, w.zeros, c.p.h * i / c.parts, c.p.h * (i + 1) / c.parts,
+                 w.parts + i * c.p.n * row_stride(c.p.d), w.l1 + i * c.p.n, w.l0 + i * c.p.n);
         }
       },
       &context);

@@ -34,6 +34,10 @@ struct Problem {
   LatentStats stats;
 };
 
+// Elements from a row of x's copy, or of y's parts, to the next. Not a multiple of 4 KiB, at which all rows would take
+// the same few sets of the L1 cache.
+inline int64_t row_stride(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns + kColumns / 2; }
+
 // One thread's share: rows [begin, end) of W. `x` is the padded copy of x; `sum` [n, d padded] in fp32 is overwritten
 // with the share's part of y, and if there are statistics, so are its rows of `l1` and `l0`, [n] each, and its latents
 // in the problem's; `zeros` is a row of d zeros in `dtype`.

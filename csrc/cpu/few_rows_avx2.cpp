@@ -18,6 +18,7 @@ namespace {
 constexpr int kLanes = 8;
 struct Tiles {
   static constexpr int kEncodeX = 3, kEncodeW = 4, kDecodeX = 4, kColumnVectors = 2;
+  static constexpr bool kPacks = true;
 };
 }  // namespace
 }  // namespace tiedfused::cpu

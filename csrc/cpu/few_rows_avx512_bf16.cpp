@@ -19,7 +19,8 @@ namespace tiedfused::cpu {
 namespace {
 constexpr int kLanes = 16;
 struct Tiles {
-  static constexpr int kEncodeX = 4, kEncodeW = 4, kDecodeX = 4, kColumnVectors = 4;
+  static constexpr int kEncodeX = 6, kEncodeW = 4, kDecodeX = 8, kColumnVectors = 2;
+  static constexpr bool kPacks = false;
 };
 }  // namespace
 }  // namespace tiedfused::cpu

@@ -7,7 +7,12 @@
 //   kPair           rows of W in one Operand of the decode product: 1, or 2 where an instruction adds two products
 //   kColumnVectors  Vectors across one decode tile, kTile = kColumnVectors × lanes columns wide
 //   kEncodeX × kEncodeW, kDecodeX × kColumnVectors
-//                   accumulators of the two inner loops; they have to fit the registers
+//                   accumulators of the two inner loops, for so many rows of x; they have to fit the registers
+//   kPacks          whether 16-bit columns are converted once for all decode tiles, and kept, or by each anew: ms at d
+//   768,
+//                   H 8192, N 64, kept and anew: bf16 with four floats a register 26 and 33, with eight 9.9 and 12;
+//                   fp16 with 16, whose decode tiles have twice the rows, at d 2304, H 4096, N 8 and 64 1.06 and
+//                   0.80, 6.6, 6.6
 //
 //   load(T*), load(Copy*), multiply_add(Operand, Operand, Vector), load_sum(float*), store_sum(float*, Vector)
 //   sums<kCount>(vectors, out)    the sum over the lanes of each Vector
@@ -25,11 +30,14 @@
 namespace tiedfused::cpu {
 namespace {
 
-constexpr int kBlock = 32;  // most rows of W at a time
+// Most rows of W at a time. Once a block, y's part is read and written: with 32 rows, bf16, d 768, N 16 and 32 took up
+// to 2.8 and 4.7 ms, with 64 2.3 and 3.9.
+constexpr int kBlock = 64;
+constexpr int kStride = kBlock + 8;  // of a row of x's latents: the last tile of the encode product may reach beyond
 // Few rows of x are bound by reading W, and like smaller blocks: one core, d 2304, N 1 and 4, ms with blocks of 4, 8
 // and 12 rows: fp32 0.99, 1.04, 1.11 and 1.64, 1.38, 1.45; bf16 0.56, 0.52, 0.49 and 0.89, 0.73, 0.67.
 template <typename T>
-constexpr int kSmallBlock = sizeof(T) == 4 ? 8 : 12;
+constexpr int kSmallBlock = sizeof(T) == 4 ? 8 : 16;
 constexpr int kRowsOfSmallBlock = 4;
 // Up to so many rows memory is what has to be kept busy, and the next block is asked for at every step of the inner
 // loops; with more, once a tile of the decode product. Two cores, W of 100 to 300 MB, ms of the latter and of the
@@ -40,9 +48,9 @@ constexpr int kRowsOfSmallBlock = 4;
 constexpr int kRowsOfOften = 16;
 // A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
 constexpr int64_t kBlockBytes = 320 << 10;
-// The encode product goes over W's columns in panels, so that kEncodeX rows of x stay in L1 while the block's rows
+// The encode product goes over W's columns in panels, so that the rows of x stay in L1 while the block's rows
 // pass: without panels it ran at two thirds of the speed for d 2304 in fp32, where four rows of x and of W are 72 KiB.
-constexpr int64_t kPanelBytes = 4 << 10;
+constexpr int64_t kPanelBytes = 16 << 10;
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -97,23 +105,39 @@ class Prefetch {
   int64_t row_bytes_, stride_bytes_, rows_, at_ = 0, bytes_a_step_ = 0, due_ = 0;
 };
 
-// pre[i * kBlock + j] += Σₖ xᵢₖ Wⱼₖ over `size` columns, for kX rows of x and the Ops' kEncodeW rows of W. The first of
-// the columns is x[0], and rows[j][column].
+// Rows of W in an encode tile of kX rows of x: with half of them or less, twice as many.
+template <typename O, int kX>
+constexpr int kEncodeW = 2 * kX <= O::kEncodeX ? 2 * O::kEncodeW : O::kEncodeW;
+
+// pre[i * kStride + j] += Σₖ xᵢₖ Wⱼₖ over `size` columns, for kX rows of x and kEncodeW of W. The first of the columns
+// is x[0], and rows[j][column].
 template <typename O, int kX, bool kOften, typename T>
 inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* const* rows, int64_t column, int64_t size,
                         float* pre, Prefetch& next) {
-  constexpr int kW = O::kEncodeW;
+  constexpr int kW = kEncodeW<O, kX>;
   typename O::Vector sums[kX][kW] = {};
   for (int64_t k = 0; k < size; k += O::kStep) {
     if constexpr (kOften) next.step();
-    typename O::Operand w[kW];
+    if constexpr (kX < kW) {  // the fewer stay in registers
+      typename O::Operand x_k[kX];
 #pragma GCC unroll 8
-    for (int j = 0; j < kW; ++j) w[j] = O::load(rows[j] + column + k);
+      for (int i = 0; i < kX; ++i) x_k[i] = O::load(x + i * x_stride + k);
 #pragma GCC unroll 8
-    for (int i = 0; i < kX; ++i) {
-      const typename O::Operand x_i = O::load(x + i * x_stride + k);
+      for (int j = 0; j < kW; ++j) {
+        const typename O::Operand w = O::load(rows[j] + column + k);
 #pragma GCC unroll 8
-      for (int j = 0; j < kW; ++j) sums[i][j] = O::multiply_add(x_i, w[j], sums[i][j]);
+        for (int i = 0; i < kX; ++i) sums[i][j] = O::multiply_add(x_k[i], w, sums[i][j]);
+      }
+    } else {
+      typename O::Operand w[kW];
+#pragma GCC unroll 8
+      for (int j = 0; j < kW; ++j) w[j] = O::load(rows[j] + column + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kX; ++i) {
+        const typename O::Operand x_i = O::load(x + i * x_stride + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < kW; ++j) sums[i][j] = O::multiply_add(x_i, w[j], sums[i][j]);
+      }
     }
   }
   float dots[kX * kW];
@@ -121,15 +145,15 @@ inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* co
 #pragma GCC unroll 8
   for (int i = 0; i < kX; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kW; ++j) pre[i * kBlock + j] += dots[i * kW + j];
+    for (int j = 0; j < kW; ++j) pre[i * kStride + j] += dots[i * kW + j];
   }
 }
 
-// sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y; `tile` holds `count` rows of W as `columns` made
-// it.
-template <typename O, int kX, bool kOften>
-inline void decode_tile(const typename O::Copy* latents, const typename O::Operand* tile, int count, bool first,
-                        float* sum, int64_t sum_stride, Prefetch& next) {
+// sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y. columns_of(j) are the rows of W from j on, kPair
+// of them, as `columns` makes them.
+template <typename O, int kX, bool kOften, typename ColumnsOf>
+inline void decode_tile(const typename O::Copy* latents, const ColumnsOf& columns_of, int count, bool first, float* sum,
+                        int64_t sum_stride, Prefetch& next) {
   constexpr int kV = O::kColumnVectors;
   typename O::Vector sums[kX][kV] = {};
   if (!first) {
@@ -140,13 +164,14 @@ inline void decode_tile(const typename O::Copy* latents, const typename O::Opera
     }
   }
   if constexpr (!kOften) next.step();
-  for (int j = 0; j < count; j += O::kPair, tile += kV) {
+  for (int j = 0; j < count; j += O::kPair) {
     if constexpr (kOften) next.step();
+    const auto& w = columns_of(j);
 #pragma GCC unroll 8
     for (int i = 0; i < kX; ++i) {
-      const typename O::Operand latent = O::broadcast(latents + i * kBlock + j);
+      const typename O::Operand latent = O::broadcast(latents + i * kStride + j);
 #pragma GCC unroll 8
-      for (int v = 0; v < kV; ++v) sums[i][v] = O::multiply_add(latent, tile[v], sums[i][v]);
+      for (int v = 0; v < kV; ++v) sums[i][v] = O::multiply_add(latent, w.columns[v], sums[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -182,19 +207,24 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
           int64_t* l0) {
   using Copy = typename O::Copy;
   constexpr int kTile = O::kColumnVectors * O::kLanes;
-  static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kBlock % O::kEncodeW == 0 &&
-                kSmallBlock<T> % O::kEncodeW == 0 && kBlock % O::kPair == 0);
+  static_assert(kColumns % O::kStep == 0 && kColumns % kTile == 0 && kStride >= kBlock + 2 * O::kEncodeW &&
+                O::kEncodeW % O::kPair == 0);
+  constexpr bool kPacks = O::kPacks && sizeof(T) < sizeof(float);
+  struct Columns {
+    typename O::Operand columns[O::kColumnVectors];
+  };
 
   const auto* x = static_cast<const Copy*>(x_copy);
   const auto* weight = static_cast<const T*>(p.weight);
   const auto* bias = static_cast<const T*>(p.bias_enc);
   const int64_t whole = p.d / kColumns * kColumns, rest = p.d - whole;
-  const int64_t padded = rest ? whole + kColumns : whole;
+  const int64_t padded = rest ? whole + kColumns : whole, stride = row_stride(p.d);
   int64_t block = kBlockBytes / static_cast<int64_t>(p.d * sizeof(T)) / O::kEncodeW * O::kEncodeW;
   const int64_t most = p.n <= kRowsOfSmallBlock ? kSmallBlock<T> : kBlock;
   block = block > most ? most : block < O::kEncodeW ? O::kEncodeW : block;
 
-  const int64_t panels = up(whole, kPanelBytes / static_cast<int64_t>(sizeof(Copy)));
+  const int64_t encode_x = p.n < O::kEncodeX ? p.n : O::kEncodeX;
+  const int64_t panels = up(whole * sizeof(Copy) * encode_x, kPanelBytes);
   const int64_t panel = panels ? up(whole / kColumns, panels) * kColumns : kColumns;
   const bool often = 1 < p.n && p.n <= kRowsOfOften;
   const int64_t encode_steps = often ? padded / O::kStep : 0;
@@ -202,15 +232,15 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   const int64_t steps = encode_steps * up(p.n, O::kEncodeX) * (block / O::kEncodeW) +
                         decode_steps * up(p.n, O::kDecodeX) * (padded / kTile);
 
-  const T* rows[kBlock];
-  const T* tail_rows[kBlock];  // the last, incomplete columns, zero-padded to kColumns
-  alignas(kAlignment) T tails[kBlock * kColumns] = {};
-  typename O::Operand tile[kBlock / O::kPair * O::kColumnVectors];
-  alignas(kAlignment) float pre[kBlock * kMaxRows];
-  alignas(kAlignment) Copy latents[kBlock * kMaxRows];
-  for (int j = 0; j < kBlock; ++j) tail_rows[j] = tails + j * kColumns;
+  const T* rows[kStride];
+  const T* tail_rows[kStride];  // the last, incomplete columns, zero-padded to kColumns
+  alignas(kAlignment) T tails[kStride * kColumns] = {};
+  Columns tile[kPacks ? kBlock / O::kPair : 1];
+  alignas(kAlignment) float pre[kStride * kMaxRows];
+  alignas(kAlignment) Copy latents[kStride * kMaxRows];
+  for (int j = 0; j < kStride; ++j) tail_rows[j] = tails + j * kColumns;
 
-  if (begin == end) std::memset(sum, 0, sizeof(float) * p.n * padded);
+  if (begin == end) std::memset(sum, 0, sizeof(float) * p.n * stride);
   const LatentStats& stats = p.stats;
   if (stats.wanted()) {
     std::memset(l1, 0, sizeof(float) * p.n);
@@ -220,7 +250,7 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   }
   for (int64_t row = begin; row < end; row += block) {
     const int count = static_cast<int>(end - row < block ? end - row : block);
-    for (int j = 0; j < block; ++j) {
+    for (int j = 0; j < kStride; ++j) {
       rows[j] = j < count ? weight + (row + j) * p.weight_stride : static_cast<const T*>(zero_row);
       if (rest) std::memcpy(tails + j * kColumns, rows[j] + whole, rest * sizeof(T));
     }
@@ -229,42 +259,56 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
     Prefetch next(weight + (row + count) * p.weight_stride, p.d * sizeof(T), p.weight_stride * sizeof(T),
                   left < block ? left : block, steps);
 
-    std::memset(pre, 0, sizeof(float) * kBlock * p.n);
+    std::memset(pre, 0, sizeof(float) * kStride * p.n);
     for (int64_t k = 0, size = 0; k < padded; k += size) {
       const bool in_tail = k == whole;
       size = in_tail ? kColumns : whole - k < panel ? whole - k : panel;
       in_tiles<O::kEncodeX>(p.n, [&]<int kX>(int64_t i) {
-        for (int j = 0; j < count; j += O::kEncodeW) {
+        for (int j = 0; j < count; j += kEncodeW<O, kX>) {
           const auto tile_of = often ? encode_tile<O, kX, true, T> : encode_tile<O, kX, false, T>;
-          tile_of(x + i * padded + k, padded, (in_tail ? tail_rows : rows) + j, in_tail ? 0 : k, size,
-                  pre + i * kBlock + j, next);
+          tile_of(x + i * stride + k, stride, (in_tail ? tail_rows : rows) + j, in_tail ? 0 : k, size,
+                  pre + i * kStride + j, next);
         }
       });
     }
     for (int64_t i = 0; i < p.n; ++i) {
-      float* a = pre + i * kBlock;
+      float* a = pre + i * kStride;
       if (bias != nullptr) {
         for (int j = 0; j < count; ++j) a[j] += widen(bias[row + j]);
       }
       activate(p.activation, a, count);
       // the decode product reads latents of the weight's dtype
-      for (int j = 0; j < count; ++j) latents[i * kBlock + j] = O::latent(a[j]);
-      for (int j = count; j < block; ++j) latents[i * kBlock + j] = Copy{};
+      for (int j = 0; j < count; ++j) latents[i * kStride + j] = O::latent(a[j]);
+      for (int j = count; j < kStride; ++j) latents[i * kStride + j] = Copy{};
       if (stats.wanted()) {
-        for (int j = 0; j < kBlock; ++j) a[j] = j < count ? widen(latents[i * kBlock + j]) : 0.0f;
+        for (int j = 0; j < kBlock; ++j) a[j] = widen(latents[i * kStride + j]);
         add_stats(a, count, l1[i], l0[i], stats.total + row, stats.fired + row);
       }
     }
 
     for (int64_t k = 0; k < padded; k += kTile) {
       const bool in_tail = k >= whole;
-      for (int j = 0; j < count; j += O::kPair) {
-        O::columns((in_tail ? tail_rows : rows) + j, in_tail ? k - whole : k, tile + j / O::kPair * O::kColumnVectors);
+      const auto columns = [&](int j) {
+        Columns w;
+        O::columns((in_tail ? tail_rows : rows) + j, in_tail ? k - whole : k, w.columns);
+        return w;
+      };
+      const auto decode = [&](const auto& columns_of) {
+        in_tiles<O::kDecodeX>(p.n, [&]<int kX>(int64_t i) {
+          float* to = sum + i * stride + k;
+          if (often) {
+            decode_tile<O, kX, true>(latents + i * kStride, columns_of, count, row == begin, to, stride, next);
+          } else {
+            decode_tile<O, kX, false>(latents + i * kStride, columns_of, count, row == begin, to, stride, next);
+          }
+        });
+      };
+      if (kPacks && p.n > O::kDecodeX) {
+        for (int j = 0; j < count; j += O::kPair) tile[j / O::kPair] = columns(j);
+        decode([&](int j) -> const Columns& { return tile[j / O::kPair]; });
+      } else {
+        decode(columns);
       }
-      in_tiles<O::kDecodeX>(p.n, [&]<int kX>(int64_t i) {
-        const auto tile_of = often ? decode_tile<O, kX, true> : decode_tile<O, kX, false>;
-        tile_of(latents + i * kBlock, tile, count, row == begin, sum + i * padded + k, padded, next);
-      });
     }
   }
 }

@@ -6,6 +6,7 @@ namespace {
 constexpr int kLanes = 4;
 struct Tiles {
   static constexpr int kEncodeX = 2, kEncodeW = 4, kDecodeX = 2, kColumnVectors = 4;
+  static constexpr bool kPacks = true;
 };
 }  // namespace
 }  // namespace tiedfused::cpu
