@@ -34,18 +34,17 @@ namespace {
 // to 2.8 and 4.7 ms, with 64 2.3 and 3.9.
 constexpr int kBlock = 64;
 constexpr int kStride = kBlock + 8;  // of a row of x's latents: the last tile of the encode product may reach beyond
-// Few rows of x are bound by reading W, and like smaller blocks: one core, d 2304, N 1 and 4, ms with blocks of 4, 8
-// and 12 rows: fp32 0.99, 1.04, 1.11 and 1.64, 1.38, 1.45; bf16 0.56, 0.52, 0.49 and 0.89, 0.73, 0.67.
+// Few rows of x are bound by reading W, and like smaller blocks: two cores, W of 150 and 270 MB in fp32, N 1, ms with
+// blocks of 8, 16 and 32 rows: 3.7, 3.6, 4.2 and 7.8, 9.0, 9.3.
 template <typename T>
 constexpr int kSmallBlock = sizeof(T) == 4 ? 8 : 16;
 constexpr int kRowsOfSmallBlock = 4;
-// Up to so many rows memory is what has to be kept busy, and the next block is asked for at every step of the inner
-// loops; with more, once a tile of the decode product. Two cores, W of 100 to 300 MB, ms of the latter and of the
-// former: fp32, d 2304, N 8 and 16: 7.3 and 5.3, 9.6 and 8.2; bf16, d 768, N 8 and 16: 3.7 and 3.4, 6.0 and 5.1, N
-// 64: 9.7 and 10.7.
-// A single row leaves the caches' own prefetcher time to follow the encode product: N 1 in fp32 3.5 and 3.9, 5.7 and
-// 6.2.
-constexpr int kRowsOfOften = 16;
+// For so many rows of x the next block is asked for at every step of the inner loops; with more, once a tile of the
+// decode product: there it is arithmetic that has to be kept busy. With fewer too: they leave the caches' own
+// prefetcher time to follow the encode product. Two cores, W of 100 to 300 MB, ms of every step and of the other: fp32,
+// d 2304, N 1, 2, 4: 3.17 and 2.80, 3.29 and 3.10, 3.57 and 4.05; N 8 and 16, with smaller tiles than today's: 5.3
+// and 7.3, 8.2 and 9.6; bf16, d 768, N 64: 10.7 and 9.7.
+constexpr int kFewestOfOften = 3, kMostOfOften = 16;
 // A block of W, and the next one on its way, should fit in L2 beside x and y's part. 1 MiB on the CPU it was tuned on.
 constexpr int64_t kBlockBytes = 320 << 10;
 // The encode product goes over W's columns in panels, so that the rows of x stay in L1 while the block's rows
@@ -82,27 +81,35 @@ inline void in_tiles(int64_t n, F&& f) {
 class Prefetch {
  public:
   Prefetch(const void* first, int64_t row_bytes, int64_t stride_bytes, int64_t rows, int64_t steps)
-      : row_(static_cast<const char*>(first)), row_bytes_(row_bytes), stride_bytes_(stride_bytes), rows_(rows) {
+      : at_(static_cast<const char*>(first)),
+        end_(at_ + row_bytes),
+        row_bytes_(row_bytes),
+        stride_bytes_(stride_bytes),
+        rows_(rows) {
     if (rows > 0) bytes_a_step_ = up(up(row_bytes, kLine) * kLine * rows, steps);
   }
 
   void step() {
-    for (due_ += bytes_a_step_; due_ >= kLine; due_ -= kLine) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += kLine;
-      if (at_ >= row_bytes_) {
-        at_ = 0;
-        row_ += stride_bytes_;
-        if (--rows_ == 0) bytes_a_step_ = due_ = 0;
+    int64_t due = due_ + bytes_a_step_;  // in registers: with the members themselves N 1 took a tenth longer
+    const char* at = at_;
+    for (; due >= kLine; due -= kLine) {
+      __builtin_prefetch(at, 0, 2);
+      at += kLine;
+      if (at >= end_) {
+        end_ += stride_bytes_;
+        at = end_ - row_bytes_;
+        if (--rows_ == 0) bytes_a_step_ = due = 0;
       }
     }
+    due_ = due;
+    at_ = at;
   }
 
  private:
   static constexpr int64_t kLine = 64;
 
-  const char* row_;
-  int64_t row_bytes_, stride_bytes_, rows_, at_ = 0, bytes_a_step_ = 0, due_ = 0;
+  const char *at_, *end_;  // of the row in hand
+  int64_t row_bytes_, stride_bytes_, rows_, bytes_a_step_ = 0, due_ = 0;
 };
 
 // Rows of W in an encode tile of kX rows of x: with half of them or less, twice as many.
@@ -226,7 +233,7 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   const int64_t encode_x = p.n < O::kEncodeX ? p.n : O::kEncodeX;
   const int64_t panels = up(whole * sizeof(Copy) * encode_x, kPanelBytes);
   const int64_t panel = panels ? up(whole / kColumns, panels) * kColumns : kColumns;
-  const bool often = 1 < p.n && p.n <= kRowsOfOften;
+  const bool often = kFewestOfOften <= p.n && p.n <= kMostOfOften;
   const int64_t encode_steps = often ? padded / O::kStep : 0;
   const int64_t decode_steps = often ? up(block, O::kPair) : 1;
   const int64_t steps = encode_steps * up(p.n, O::kEncodeX) * (block / O::kEncodeW) +
