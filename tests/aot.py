@@ -143,6 +143,7 @@ def compile_kernel(
     per_row = (empty(rows, dtype=fp32), empty(rows, dtype=torch.int64))
     per_latent = (empty(latents, dtype=fp32), empty(latents, dtype=torch.int64))
     penalties = (per_row[0], per_latent[0]) if stats else ()
+    latent_stats = LatentStats(*per_row, *per_latent) if stats else None
     common: dict[str, Any] = {
         "activation": get_activation(activation),
         "tile": tile,
@@ -156,7 +157,7 @@ def compile_kernel(
             bias_enc,
             bias_dec,
             output_activation=get_activation(output_activation),
-            stats=LatentStats(*per_row, *per_latent) if stats else None,
+            stats=latent_stats,
             rows_at_once=rows,
             **common,
         ),
@@ -221,9 +222,10 @@ def compile_kernel(
                 output_activation=get_activation(output_activation),
                 tile=tile,
                 precision=precision,
+                stats=latent_stats,
             ),
             "bottleneck_latent": lambda: bottleneck_latent(x, None, weight, bias_enc, **common),
-            "bottleneck_latent_grad": lambda: bottleneck_latent(x, x, weight, bias_enc, **common),
+            "bottleneck_latent_grad": lambda: bottleneck_latent(x, x, weight, bias_enc, *penalties, **common),
         }
     with _record_launches() as launches:
         launch[_LAUNCHERS.get(kernel, kernel)]()

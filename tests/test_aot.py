@@ -322,6 +322,36 @@ def test_statistics_and_penalties_in_chunks(kernel: str, capability: int, dtype:
     assert compiled.stack_bytes <= 16
 
 
+@pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_latent_grad"])
+@pytest.mark.parametrize("capability", PACKAGED)
+@pytest.mark.parametrize("itemsize", DTYPES)
+@pytest.mark.parametrize("h", [64, 512])
+def test_statistics_and_penalties_of_a_small_latent(kernel: str, capability: int, itemsize: int, h: int) -> None:
+    dtype = DTYPES[itemsize]
+    tile, _ = lookup(kernel, h, str(dtype).removeprefix("torch."), capability)
+    (compiled,) = compile_kernel(kernel, tile, 784, dtype, capability, latents=h, stats=True)
+    assert_fits(compiled, kernel, tile, 16, itemsize, capability)
+    assert compiled.stack_bytes <= (24 if (capability, h) == (100, 512) else 0)  # once a program, outside its loops
+    assert compiled.wgmma > 0 or capability != 90 or itemsize == 4
+
+
+def test_penalties_where_parts_of_d_are_combined() -> None:
+    tile, _ = lookup("bottleneck_latent_grad", 512, "bfloat16", 90)
+    launched = compile_kernel("bottleneck_latent_grad", tile, 784, torch.bfloat16, 90, latents=509, split=3, stats=True)
+    assert [launch.name for launch in launched] == ["bottleneck_latent_kernel", "combine_latent_kernel"]
+    assert all(launch.stack_bytes == 0 for launch in launched)
+
+
+@pytest.mark.parametrize(("kernel", "width"), [("few_rows_16", 768), ("few_rows_32", 1024), ("few_rows_64", 512)])
+@pytest.mark.parametrize("capability", PACKAGED)
+def test_statistics_of_few_rows(kernel: str, capability: int, width: int) -> None:
+    tile, _ = lookup(kernel, width, "bfloat16", capability)
+    options = {"rows": tile.block_n, "latents": 1 << 17, "split": 132, "stats": True}  # type: ignore[union-attr]
+    compiled, _ = compile_kernel("forward", tile, width, torch.bfloat16, capability, **options)
+    assert_fits(compiled, kernel, tile, width, 2, capability)
+    assert compiled.stack_bytes == 0
+
+
 @pytest.mark.parametrize("activation", activation_names())
 @pytest.mark.parametrize("kernel", ["forward", "weight_grad"])
 def test_activation(kernel: str, activation: str) -> None:

@@ -222,6 +222,63 @@ def test_bottleneck_counts() -> None:
     assert x.bytes_moved == 2 * (n * d + n * h + h * d)
 
 
+@pytest.mark.parametrize(
+    ("regime", "shape", "what"),
+    [
+        ("stream", (1 << 16, 64, 4096), lambda n, h, one: 8 * n + 6 * h * math.ceil(n / one.tile.block_n)),
+        ("stream", (256, 256, 4096), lambda n, h, one: 8 * n * one.split + 6 * h * math.ceil(n / one.tile.block_n)),
+        ("few_rows", (4, 768, 24576), lambda n, h, one: 8 * n * one.split + 6 * h),
+        ("bottleneck", (1 << 16, 784, 64), lambda n, h, one: 8 * n + 6 * h * math.ceil(n / one.tile.block_n)),
+        ("chunked", (4096, 784, 64), lambda n, h, one: 8 * n + 6 * h * math.ceil(n / one.tile.block_m)),
+    ],
+)
+def test_the_statistics_parts_are_counted(regime: str, shape: tuple[int, int, int], what) -> None:
+    """Written and read once; where launches share the room for them, the workspace is of one launch."""
+    with settings.override(regime=regime):
+        arguments = {"dtype": BF16, "device": "cuda", "grad": False}
+        plain, counted = (plan(*shape, stats=stats, **arguments).forward for stats in (False, True))
+    assert counted.regime == regime
+    first, of_all = counted.passes[0], what(shape[0], shape[2], counted.passes[0])
+    assert first.split == plain.passes[0].split
+    rows = shape[0] if counted.chunk is None else counted.chunk[0]
+    assert first.workspace_bytes - plain.passes[0].workspace_bytes == what(rows, shape[2], first)
+    if regime != "chunked":  # whose parts stay in the L2 cache
+        assert first.bytes_moved - plain.passes[0].bytes_moved == 2 * of_all
+    # eight small launches, and the parts' traffic
+    least = max(plain.predicted_ms, 9 * 4e-3) + 1e3 * 2 * of_all / (2 * 3.35e12)
+    assert counted.predicted_ms >= least * 0.999
+
+
+def test_statistics_of_a_latent_in_memory_are_counted() -> None:
+    n, d, h = 128, 17768, 512
+    arguments = {"dtype": BF16, "device": "cuda", "grad": False}
+    plain, counted = (plan(n, d, h, stats=stats, **arguments) for stats in (False, True))
+    assert [one.kernel for one in counted.passes] == ["bottleneck_latent", "bottleneck_decode"]
+    assert [one.split for one in counted.passes] == [one.split for one in plain.passes]
+    # h is read three times; a byte an element is written once, and read twice
+    assert counted.bytes_moved - plain.bytes_moved == 3 * n * h * (2 + 1)
+    assert counted.predicted_ms > plain.predicted_ms + 9 * 4e-3 - 1e-2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_triton_regime_serves_statistics(grad: bool) -> None:
+    for shape in ((4, 384, 8192), (4096, 784, 64), (128, 17768, 512)):
+        p = plan(*shape, dtype=BF16, device="cuda", stats=True, grad=grad, recompute=True)
+        refused = {name for name, why in p.alternatives if "statistics" in why}
+        assert refused <= {"native"}
+
+
+def test_launches_with_statistics_fill_the_gpu_or_take_what_there_is_room_for() -> None:
+    """An H100 has 132 multiprocessors; a tile of rows takes 6 bytes a latent of half of the workspace."""
+    for h, tiles_at_once in ((4096, 264), (1 << 17, 132), (1 << 19, 42)):
+        with settings.override(regime="stream"):
+            part = plan(1 << 17, 64, h, dtype=BF16, device="cuda", grad=False, stats=True).forward
+        one = part.passes[0]
+        assert isinstance(one.tile, Tile) and part.chunk is not None
+        assert part.chunk[0] == tiles_at_once * one.tile.block_n
+        assert one.workspace_bytes <= settings.current().workspace_bytes // 2
+
+
 def test_a_small_batch_is_encoded_over_parts_of_d() -> None:
     latent, decode = plan(128, 17768, 512, dtype=BF16, device="cuda", grad=False).passes
     assert latent.split > 1

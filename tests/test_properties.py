@@ -83,7 +83,8 @@ def test_statistics_do_not_change_y(
 ) -> None:
     p = problem(n, d, h, dtype, device, activation="none")
     call = layer(activation=activation, output_activation=output_activation, recompute=recompute)
-    with torch.set_grad_enabled(grad):
+    # on a GPU the plan might take another regime, whose last bits are others
+    with torch.set_grad_enabled(grad), tiedfused.settings.override(regime="stream"):
         y, stats = call(*p.operands, return_stats=True)
         assert torch.equal(y, call(*p.operands))
     assert stats.l0.sum() == stats.fired.sum()

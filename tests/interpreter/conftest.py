@@ -72,13 +72,13 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill fresh memory with NaN, so that an element which no program writes is seen."""
+    """Fill fresh memory with NaN, or a number no count is, so that an element which no program writes is seen."""
     import torch
 
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         fresh = empty(*args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else -77)
 
     monkeypatch.setattr(torch, "empty", poisoned)

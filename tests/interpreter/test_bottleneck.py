@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from numerics import Problem, assert_layer_matches, problem
 from test_kernels import DTYPES, Case, assert_close, make_case
+from test_stats import LOSSES, assert_matches, definition, results
+from test_stats import layer as with_stats
 
 import tiedfused
 from tiedfused import settings
@@ -24,6 +27,8 @@ from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.forward import forward
 from tiedfused.activations import activation_names, get_activation
 from tiedfused.functional import tied_encode_decode
+from tiedfused.regimes import bottleneck
+from tiedfused.regimes.common import Part, Pass, Request
 from tiedfused.tiles import LatentTile, Tile, block_h
 
 pytestmark = pytest.mark.interpreter
@@ -40,7 +45,8 @@ def launch(
     options: dict[str, Any] = {"activation": f, "precision": precision}
     operands = (case.weight, case.bias_enc)
     y = bottleneck_forward(case.x, *operands, case.bias_dec, output_activation=g, tile=whole, **options)
-    h, grad_a = bottleneck_latent(case.x, case.grad_pre, *operands, tile=pieces, split=split, **options)
+    penalties = (case.grad_l1, case.grad_total)
+    h, grad_a = bottleneck_latent(case.x, case.grad_pre, *operands, *penalties, tile=pieces, split=split, **options)
     alone, nothing = bottleneck_latent(case.x, None, *operands, tile=pieces, split=split, **options)
     assert nothing is None
     assert grad_a is not None
@@ -68,7 +74,12 @@ def latents(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     bias = 0 if case.bias_enc is None else case.bias_enc.to(dtype)
     a = (x @ weight.T + bias).requires_grad_()
     h = get_activation(case.activation).forward(a)
-    (grad_a,) = torch.autograd.grad(h, a, grad_pre @ weight.T)
+    grad_h = grad_pre @ weight.T
+    if case.grad_l1 is not None:
+        grad_h = grad_h + case.grad_l1.to(dtype)[:, None] * h.detach().sign()
+    if case.grad_total is not None:
+        grad_h = grad_h + case.grad_total.to(dtype)
+    (grad_a,) = torch.autograd.grad(h, a, grad_h)
     return {"h": h.detach(), "grad_a": grad_a}
 
 
@@ -101,6 +112,16 @@ def test_split(split: int, dtype: torch.dtype) -> None:
 def test_without_bias(bias_enc: bool, bias_dec: bool, split: int) -> None:
     case = make_case(33, 70, 40, torch.bfloat16, bias_enc=bias_enc, bias_dec=bias_dec)
     assert_latent_close(case, launch(case, split=split))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "gelu"])
+@pytest.mark.parametrize(("grad_l1", "grad_total"), [(True, False), (False, True), (True, True)])
+def test_penalties(grad_l1: bool, grad_total: bool, activation: str, split: int) -> None:
+    """More rows and latents than one block of them, none of them a whole number of blocks."""
+    for dtype in DTYPES:
+        case = make_case(35, 130, 45, dtype, activation=activation, grad_l1=grad_l1, grad_total=grad_total)
+        assert_latent_close(case, launch(case, split=split))
 
 
 def test_strides() -> None:
@@ -238,3 +259,77 @@ def test_nothing_of_the_size_of_the_latent_is_saved() -> None:
         layer()(*p.operands)
     assert max(saved) == 50 * 70
     assert 30 * 50 not in saved
+
+
+# ---- the latent's statistics and their gradients -----------------------------------------------------------------
+
+WAYS = {
+    "one kernel": ["bottleneck_forward"],
+    "latent and decode": ["bottleneck_latent", "bottleneck_decode"],
+    "parts of d": ["bottleneck_latent", "bottleneck_decode"],
+    "few rows": ["few_rows_64"],
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> Iterator[str]:
+    """Each way that the forward pass of the two regimes can run; backward of few rows is another regime's."""
+
+    def fastest(r: Request, ways: tuple[tuple[Pass, ...], ...]) -> Part:
+        return Part("bottleneck", "triton", ways[0 if request.param == "one kernel" else -1], "test")
+
+    monkeypatch.setattr(bottleneck, "_fastest", fastest)
+    monkeypatch.setattr(bottleneck, "split", lambda *sizes: 3 if request.param == "parts of d" else 1)
+    with settings.override(regime="few_rows" if request.param == "few rows" else "bottleneck"):
+        plan = tiedfused.plan(37, 67, 33, recompute=True, stats=True)
+        assert [one.kernel for one in plan.forward.passes] == WAYS[request.param]
+        assert plan.passes[0].split == 3 or request.param != "parts of d"
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "softplus", "gelu"])
+def test_statistics(way: str, activation: str, dtype: torch.dtype) -> None:
+    """f(0) of softplus is not 0: rows and latents beyond the last one would count."""
+    p = problem(37, 67, 33, dtype, activation=activation)
+    options: dict[str, Any] = {"activation": activation, "recompute": True}
+    assert_matches(with_stats(**options), p, activation=activation)
+    assert torch.equal(with_stats(**options)(*p.operands)[0], tied_encode_decode(*p.operands, **options))
+
+
+@pytest.mark.parametrize(("n", "d", "h"), [(1, 1, 1), (35, 17, 129), (5, 130, 20)])
+@pytest.mark.parametrize("biases", [True, False])
+def test_statistics_of_sizes(way: str, biases: bool, n: int, d: int, h: int) -> None:
+    p = problem(n, d, h, activation="sigmoid", biases=biases)
+    assert_matches(with_stats(activation="sigmoid", recompute=True), p, activation="sigmoid")
+
+
+@pytest.mark.parametrize("reads", LOSSES, ids="+".join)
+def test_gradients_of_each_statistic_apart(way: str, reads: tuple[str, ...]) -> None:
+    p = problem(37, 67, 33, activation="gelu")
+    assert_matches(with_stats(activation="gelu", recompute=True), p, reads, activation="gelu")
+
+
+def test_statistics_in_inference(way: str) -> None:
+    p = problem(37, 67, 33)
+    with torch.no_grad():
+        found = with_stats(output_activation="sigmoid")(*p.operands)
+        expected = definition(output_activation="sigmoid")(*p.operands)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_repeat_bitwise(way: str) -> None:
+    p = problem(37, 67, 33, torch.bfloat16)
+    first, again = (results(with_stats(recompute=True), p) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], again[name]), name
+
+
+def test_nan_counts_as_active(way: str) -> None:
+    p = problem(37, 67, 33)
+    with torch.no_grad():
+        p.x[3, 5] = float("nan")
+    ours, eager = (results(call, p) for call in (with_stats(recompute=True), definition()))
+    for name in ours:
+        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
+    assert torch.equal(ours["l0"], eager["l0"]) and torch.equal(ours["fired"], eager["fired"])

@@ -7,6 +7,10 @@ Forward, one kernel: x is read once, y written once; W is read twice by each pro
 row tiles leaves most of the GPU idle, so it is encoded over parts of d, whose fp32 sums [parts, N, H] are combined, and
 decoded over tiles of d: h [N, H] then passes through memory, 2 N·H beside the 2 N·d of x and y.
 
+The latent's statistics: the one kernel writes what it sums over its rows, 6 bytes a latent and row tile, to be added
+up. Of h in memory they are taken by PyTorch's own sums, which no kernel of ours would read less for. In backward the
+penalties' terms are added where ā is made: where d is in parts, when those are combined.
+
 Backward, three kernels that hand ā and h [N, H] on, in memory that is freed at its end: (1) ā and h from x and ō,
 (2) W̄, (3) x̄. A program of (2) needs ā and h of all rows; without them it would recompute both from all of d, d / 128
 times 4NdH FLOPs, to save 4 N·H of the 4 N·d + 4 N·H elements that (1) and (2) move. (3) is not one kernel with (1):
@@ -20,7 +24,17 @@ import math
 from collections.abc import Iterator
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import (
+    STATS_LAUNCHES,
+    Part,
+    Pass,
+    Request,
+    efficiency,
+    kernel_ms,
+    split,
+    stats_bytes,
+    why_not_triton,
+)
 from tiedfused.tiles import GemmTile, LatentTile
 
 MAX_H = 512
@@ -32,8 +46,6 @@ def why_not(r: Request, keep: bool) -> str | None:
     """Why the regime does not apply, or None if it does."""
     if (refusal := why_not_triton(r)) is not None:
         return refusal
-    if r.stats:
-        return "its kernels give no statistics of the latent"
     if r.h > MAX_H:
         return f"H {r.h} is above {MAX_H}: a row of the latent no longer fits on chip"
     if keep:
@@ -80,8 +92,9 @@ def _fused(r: Request) -> Pass:
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     flops, bytes_moved = 4 * r.ndh, 2 * x + w
 
-    def with_tile(tile: LatentTile, launches: int = 1) -> Pass:
+    def with_tile(tile: LatentTile, launches: int = 1 + STATS_LAUNCHES * r.stats) -> Pass:
         blocks = math.ceil(r.n / tile.block_n)
+        stats = stats_bytes(r, r.n, r.h, 1, blocks)
         predicted = _ms(
             r,
             "bottleneck_forward",
@@ -90,9 +103,10 @@ def _fused(r: Request) -> Pass:
             bytes_moved,
             blocks,
             launches=launches,
+            exposed_bytes=2 * stats,
             cached_bytes=2 * w * blocks,
         )
-        return Pass("bottleneck_forward", tile, source, 1, flops, bytes_moved, 0, predicted)
+        return Pass("bottleneck_forward", tile, source, 1, flops, bytes_moved + 2 * stats, stats, predicted)
 
     return with_tile(min(_fewer_rows(packaged), key=lambda tile: with_tile(tile, launches=0).predicted_ms))
 
@@ -105,6 +119,9 @@ def _latent(r: Request, inputs: int, held: int) -> Pass:
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     flops = 2 * inputs * r.ndh
     bytes_moved = inputs * (x + r.latent_bytes) + w
+    # forward's statistics: h is compared with 0 and summed up twice, and the byte that says whether it is active, too
+    active = r.n * r.h if r.stats and inputs == 1 else 0
+    stats = 3 * (r.latent_bytes + active) if active else 0
 
     def with_tile(tile: LatentTile, launches: int | None = None) -> Pass:
         row_tiles, latent_tiles = math.ceil(r.n / tile.block_n), math.ceil(r.h / tile.block_h)
@@ -118,11 +135,12 @@ def _latent(r: Request, inputs: int, held: int) -> Pass:
             tile.block_h,
             bytes_moved,
             blocks * parts,
-            launches=1 + (parts > 1) if launches is None else launches,
-            sums=sums,
+            launches=1 + (parts > 1) + (STATS_LAUNCHES + 1) * (active > 0) if launches is None else launches,
+            exposed_bytes=2 * sums + stats,
             cached_bytes=inputs * x * latent_tiles + w * row_tiles,
         )
-        return Pass(kernel, tile, source, parts, flops, bytes_moved + 2 * sums, held + sums, predicted)
+        moved, workspace = bytes_moved + 2 * sums + stats, held + max(sums, active)
+        return Pass(kernel, tile, source, parts, flops, moved, workspace, predicted)
 
     return with_tile(min(_fewer_rows(packaged), key=lambda tile: with_tile(tile, launches=0).predicted_ms))
 
@@ -144,7 +162,7 @@ def _weight_grad(r: Request, held: int) -> Pass:
         bytes_moved,
         blocks * parts,
         launches=1 + (parts > 1),
-        sums=sums,
+        exposed_bytes=2 * sums,
     )
     return Pass("bottleneck_weight_grad", tile, source, parts, flops, bytes_moved + 2 * sums, held + sums, predicted)
 
@@ -178,17 +196,17 @@ def _ms(
     blocks: int,
     *,
     launches: int,
-    sums: int = 0,
+    exposed_bytes: int = 0,
     cached_bytes: int = 0,
 ) -> float:
-    """`block` latents are worked on at a time; `sums` bytes of parts are written, and read by another kernel."""
+    """`block` latents are worked on at a time; `exposed_bytes` are written to be read by another kernel, and read."""
     return kernel_ms(
         r,
         flops=flops * math.ceil(r.h / block) * block / r.h,
         efficiency=efficiency(r, kernel, EFFICIENCY),
         memory_bytes=memory_bytes,
         cached_bytes=cached_bytes,
-        exposed_seconds=2 * sums / r.device.cached_bandwidth(sums <= r.device.l2_bytes / 2),
+        exposed_seconds=exposed_bytes / r.device.cached_bandwidth(exposed_bytes <= r.device.l2_bytes),
         blocks=blocks,
         launches=launches,
     )

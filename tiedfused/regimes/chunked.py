@@ -14,7 +14,17 @@ import math
 from collections.abc import Callable, Iterator
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import (
+    STATS_LAUNCHES,
+    Part,
+    Pass,
+    Request,
+    efficiency,
+    kernel_ms,
+    split,
+    stats_bytes,
+    why_not_triton,
+)
 from tiedfused.tiles import GemmTile
 
 # The fraction of the peak that the products are expected to reach: below the 0.66 of cuBLAS in bf16 on an H100. Not
@@ -173,15 +183,15 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     chunk_bytes = rows * latents * s
     parts = _parts(r, "chunk_decode", rows, r.d, latents)
     sums = _sum_bytes(r, parts, rows, r.d, steps_h)
-    workspace = sums + (0 if keep else chunk_bytes)
-    if r.stats:  # each tile of the latent writes a sum and a count of its rows, and of its latents
-        tile, _ = _gemm_tile("chunk_encode", r.dtype_name, r.gpu)
-        workspace += math.ceil(latents / tile.block_n) * rows * 8 + math.ceil(rows / tile.block_m) * latents * 6
+    tile, _ = _gemm_tile("chunk_encode", r.dtype_name, r.gpu)
+    stats = stats_bytes(r, rows, latents, math.ceil(latents / tile.block_n), math.ceil(rows / tile.block_m))
+    workspace = sums + stats + (0 if keep else chunk_bytes)
 
     encode = _Traffic(r)
     encode.stream(r.n * r.d * s + r.h * r.d * s * steps_n)
     encode.stream(r.n * r.d * s * (steps_h - 1), rows * r.d * s)
     encode.expose(r.latent_bytes, r.latent_bytes if keep else chunk_bytes)
+    encode.expose(2 * stats * launches, stats)
     decode = _Traffic(r)
     decode.stream(r.n * r.d * s)
     decode.stream(r.h * r.d * s * steps_n, latents * r.d * s)
@@ -189,8 +199,8 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     decode.expose(2 * sums * steps_n * steps_h, sums)
     return (
         _product(
-            r, "chunk_encode", products=1, rows=rows, columns=latents, launches=launches, workspace=workspace,
-            traffic=encode,
+            r, "chunk_encode", products=1, rows=rows, columns=latents,
+            launches=launches * (1 + STATS_LAUNCHES * r.stats), workspace=workspace, traffic=encode,
         ),
         _product(
             r, "chunk_decode", products=1, rows=rows, columns=r.d, launches=launches, workspace=workspace,

@@ -16,6 +16,8 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
 # Host time between two launches, in s; hidden where the kernels take longer than that. Assumed.
 LAUNCH_SECONDS = 4e-6
+# Small ones that follow a kernel with statistics: four kinds of partial sums are added up, and to what is there.
+STATS_LAUNCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,13 @@ def split(blocks: int, streamed_blocks: int, multiprocessors: int) -> int:
     if blocks >= multiprocessors:
         return 1
     return max(1, min(multiprocessors // blocks, streamed_blocks // 4))
+
+
+def stats_bytes(r: Request, rows: int, latents: int, row_parts: int, latent_parts: int) -> int:
+    """Of the partial sums for the statistics of ``[rows, latents]`` of the latent: `row_parts` of each row, an fp32 sum
+    and a 32-bit count, and `latent_parts` of each latent, an fp32 sum and a 16-bit count. 0 where none are asked for.
+    """
+    return (8 * rows * row_parts + 6 * latents * latent_parts) * r.stats
 
 
 def measured_efficiency(r: Request, kernel: str) -> tuple[float, str] | None:

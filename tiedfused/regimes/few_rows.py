@@ -4,6 +4,9 @@ It is the stream regime's kernel with a tile of as few rows as there are: x then
 fits, and the rest goes to the rows of W that are on their way. Every program streams its own part of W, and the parts'
 fp32 sums, [parts, N, d], are combined in a fixed order; they are small, and stay in the L2 cache.
 
+With the latent's statistics a program also writes, of its part of W, what it sums over each row, and for each latent
+what it sums over its tile of rows; these parts, too, are added up afterwards.
+
 Executed: the 2 products of 2NdH, with N rounded up to 16, 32 or 64 rows.
 """
 
@@ -12,7 +15,16 @@ from __future__ import annotations
 import math
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, why_not_triton
+from tiedfused.regimes.common import (
+    STATS_LAUNCHES,
+    Part,
+    Pass,
+    Request,
+    efficiency,
+    kernel_ms,
+    stats_bytes,
+    why_not_triton,
+)
 from tiedfused.tiles import ARCHITECTURES, Tile
 
 MAX_ROWS = 64
@@ -26,8 +38,6 @@ def forward(r: Request, keep: bool) -> Part | str:
     """The stream regime's forward, split over H."""
     if (refusal := why_not_triton(r)) is not None:
         return refusal
-    if r.stats:
-        return "its kernel gives no statistics of the latent"
     if r.n > MAX_ROWS:
         return f"N {r.n} is above {MAX_ROWS}: arithmetic counts beside reading W"
     if r.d > MAX_D:
@@ -59,6 +69,7 @@ def _pass(r: Request, bucket: str, tile: Tile, source: str, at_once: int) -> Pas
     parts = math.ceil(weight_tiles / each)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     sums = parts * r.n * r.d * 4 if parts > 1 else 0
+    sums += stats_bytes(r, r.n, r.h, parts, row_tiles)
     flops = 4 * r.n * sum(tiles.block_d(r.d)) * r.h
     predicted = kernel_ms(
         r,
@@ -68,7 +79,7 @@ def _pass(r: Request, bucket: str, tile: Tile, source: str, at_once: int) -> Pas
         cached_bytes=row_tiles * w,  # the first row tile brings W to the cache for the others
         exposed_seconds=2 * sums / r.device.cached_bandwidth(True),
         blocks=parts * row_tiles,
-        launches=1 + (parts > 1),
+        launches=1 + (parts > 1) + STATS_LAUNCHES * r.stats,
     )
     return Pass(bucket, tile, source, parts, flops, 2 * x + w + 2 * sums, sums, predicted)
 

@@ -10,11 +10,20 @@ import dataclasses
 import math
 
 from tiedfused import tiles
-from tiedfused.regimes.common import Part, Pass, Request, efficiency, kernel_ms, split, why_not_triton
+from tiedfused.regimes.common import (
+    STATS_LAUNCHES,
+    Part,
+    Pass,
+    Request,
+    efficiency,
+    kernel_ms,
+    split,
+    stats_bytes,
+    why_not_triton,
+)
 from tiedfused.tiles import Tile
 
 MAX_D = 512
-STATS_BYTES = 6  # of a latent and row tile
 # The fraction of the peak that each kernel is expected to reach where d is at least this: published rates of kernels
 # of the kind on an H100 (attention forward in Triton 0.48, its backward 0.40, both at d 128; d 512 0.40 and 0.24).
 # Not measured here.
@@ -40,23 +49,25 @@ def forward(r: Request, keep: bool) -> Part | str:
     part = _part(r, keep, ("forward",))
     if isinstance(part, str) or not r.stats:
         return part
-    # A program sees the rows of its tile only: what is summed over all rows is written for every row tile, an fp32 sum
-    # and a 16-bit count of each latent, and added up after the launch: 6 bytes for 4 · BLOCK_N · d FLOPs. A pass of its
-    # own, with W stationary, would need no such sums, and execute half of the forward's FLOPs again. Two tiles for each
-    # multiprocessor fill the GPU; more in a launch would only take more memory.
-    one = part.passes[0]
-    tile = one.tile
-    assert isinstance(tile, Tile)
-    tiles_in_all, of_a_tile = math.ceil(r.n / tile.block_n), STATS_BYTES * r.h
-    at_once = min(tiles_in_all, 2 * r.multiprocessors, r.in_force.workspace_bytes // 2 // of_a_tile)
-    if at_once == 0:
-        return f"the statistics' sums of {r.h} latents for one tile of rows do not fit the workspace"
-    one = dataclasses.replace(
-        one,
-        workspace_bytes=one.workspace_bytes + at_once * of_a_tile,
-        bytes_moved=one.bytes_moved + 2 * tiles_in_all * of_a_tile,
-    )
-    return dataclasses.replace(part, passes=(one,), chunk=(min(r.n, at_once * tile.block_n), r.h))
+    (one,) = part.passes
+    assert isinstance(one.tile, Tile)
+    return dataclasses.replace(part, chunk=(min(r.n, _tiles_at_once(r, one.tile, one.split) * one.tile.block_n), r.h))
+
+
+def _tiles_at_once(r: Request, tile: Tile, parts: int) -> int:
+    """How many tiles of rows a launch with statistics takes. Raises ValueError if there is no room for those of one.
+
+    A program sees the rows of its tile only: what is summed over all rows is written for every row tile, and added up
+    after the launch: 6 bytes a latent for 4 · BLOCK_N · d FLOPs. A pass of its own, with W stationary, would need no
+    such sums, and execute half of the forward's FLOPs again. Two tiles for each multiprocessor fill the GPU; more in a
+    launch would only take more memory. Fewer than all are as many for each, unless there is no room for one for each.
+    """
+    room = r.in_force.workspace_bytes // 2 // stats_bytes(r, tile.block_n, r.h, parts, 1)
+    if room == 0:
+        raise ValueError(f"the statistics' sums of {r.h} latents for one tile of rows do not fit the workspace")
+    row_tiles = math.ceil(r.n / tile.block_n)
+    at_once = min(row_tiles, 2 * r.multiprocessors, room)
+    return at_once if at_once == row_tiles else at_once // r.multiprocessors * r.multiprocessors or at_once
 
 
 def backward(r: Request, keep: bool) -> Part | str:
@@ -109,6 +120,12 @@ def _pass(r: Request, kernel: str) -> Pass:
     if parts > 1:  # every part writes its [fixed, d] result in fp32, and they are combined
         sums = parts * fixed[0] * r.d * 4
         workspace, bytes_moved = workspace + sums, bytes_moved + 2 * sums
+    launches, at_once, stats_of_all, stats_at_once = 1 + (parts > 1), blocks, 0, 0
+    if kernel == "forward" and r.stats:
+        at_once = _tiles_at_once(r, tile, parts)
+        launches = math.ceil(blocks / at_once) * (launches + STATS_LAUNCHES)
+        stats_of_all = stats_bytes(r, r.n, r.h, parts, blocks)
+        stats_at_once = stats_bytes(r, min(r.n, at_once * tile.block_n), r.h, parts, at_once)
     # the padding to whole tiles, here of d and below of a few rows, is work like any other
     flops = 2 * products * r.n * sum(tiles.block_d(r.d)) * r.h
     assumed = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
@@ -117,7 +134,9 @@ def _pass(r: Request, kernel: str) -> Pass:
         flops=flops * (blocks * fixed[1] / fixed[0]),
         efficiency=efficiency(r, kernel, assumed),
         memory_bytes=bytes_moved,
-        blocks=blocks * parts,
-        launches=1 + (parts > 1),
+        exposed_seconds=2 * stats_of_all / r.device.cached_bandwidth(stats_at_once <= r.device.l2_bytes / 2),
+        blocks=(at_once if at_once % r.multiprocessors else blocks) * parts,
+        launches=launches,
     )
+    bytes_moved, workspace = bytes_moved + 2 * stats_of_all, workspace + stats_at_once
     return Pass(kernel, tile, source, parts, flops, bytes_moved, workspace, predicted)

@@ -49,7 +49,7 @@ def forward(r: Request, keep: bool) -> Part:
     if r.stats:  # they widen the tile, and make one more of it
         workspace += (1 + (r.itemsize < 4)) * _latent_tile(r, tile) // r.itemsize * _sum_bytes(r)
     # the first product writes, f reads and writes, the second product reads; keeping is a copy
-    trips = 6 if keep else 4
+    trips = (6 if keep else 4) + 8 * r.stats  # of the statistics two copies and four sums
     one = _pass(
         r, tile, "forward", 2, bytes_moved, workspace, latent_trips=trips, sums=r.n * math.ceil(r.h / tile.block_h)
     )
@@ -61,6 +61,7 @@ def backward(r: Request, keep: bool) -> Part:
     tile = _tile(r, keep)
     x, w, saved = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize, r.latent_bytes if keep else 0
     products, trips = (1, 5) if keep else (2, 8)  # h̄, and h where it is recomputed
+    trips += 5 * r.stats  # a penalty's term: the sign reads and writes, its sum reads two and writes
     workspace = (4 + r.stats) * _latent_tile(r, tile)
     if _is_one(r, tile):
         workspace += w

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,15 +9,12 @@ from tiedfused._backends.triton.bottleneck_forward import bottleneck_forward
 from tiedfused._backends.triton.bottleneck_latent import bottleneck_latent
 from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
+from tiedfused._backends.triton.chunked import options
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.stats import add_stats
 from tiedfused.activations import IDENTITY
 from tiedfused.planning import Plan
 from tiedfused.reference import LatentStats
-from tiedfused.regimes.common import Pass
-
-
-def _options(one: Pass, plan: Plan) -> dict[str, Any]:
-    return {"tile": one.tile, "precision": plan.precision}
 
 
 def forward(
@@ -30,18 +25,25 @@ def forward(
     plan: Plan,
     stats: LatentStats | None,
 ) -> tuple[Tensor, None]:
-    """y ``[N, d]``; the latent is not kept, and `stats` is None: the regime does not serve them."""
-    assert stats is None
+    """y ``[N, d]``; the latent is not kept."""
     first, *rest = plan.forward.passes
     if not rest:
-        g = plan.output_activation
-        options = _options(first, plan)
-        return bottleneck_forward(
-            x, weight, bias_enc, bias_dec, activation=plan.activation, output_activation=g, **options
-        ), None
+        y = bottleneck_forward(
+            x,
+            weight,
+            bias_enc,
+            bias_dec,
+            activation=plan.activation,
+            output_activation=plan.output_activation,
+            stats=stats,
+            **options(first, plan),
+        )
+        return y, None
     h, _ = bottleneck_latent(
-        x, None, weight, bias_enc, activation=plan.activation, split=first.split, **_options(first, plan)
+        x, None, weight, bias_enc, activation=plan.activation, split=first.split, **options(first, plan)
     )
+    if stats is not None:
+        add_stats(h, stats)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (decode,) = rest
     chunk_decode(
@@ -52,7 +54,7 @@ def forward(
         out=y,
         output_activation=plan.output_activation,
         split=decode.split,
-        **_options(decode, plan),
+        **options(decode, plan),
     )
     return y, None
 
@@ -68,15 +70,21 @@ def backward(
     grad_l1: Tensor | None,
     grad_total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """x̄ ``[N, d]``, W̄ ``[H, d]`` in x's dtype, b̄_enc ``[H]`` in fp32; `latent` and the last two are None."""
-    assert grad_l1 is None
-    assert grad_total is None
+    """x̄ ``[N, d]``, W̄ ``[H, d]`` in x's dtype, b̄_enc ``[H]`` in fp32; `latent` is None."""
     need_x, need_weight, need_bias = needs
     assert plan.backward is not None
     passes = {one.kernel.removeprefix("bottleneck_"): one for one in plan.backward.passes}
     one = passes["latent_grad"]
     h, grad_a = bottleneck_latent(
-        x, grad_z, weight, bias_enc, activation=plan.activation, split=one.split, **_options(one, plan)
+        x,
+        grad_z,
+        weight,
+        bias_enc,
+        grad_l1,
+        grad_total,
+        activation=plan.activation,
+        split=one.split,
+        **options(one, plan),
     )
     assert grad_a is not None
     grad_x = grad_weight = grad_bias = None
@@ -86,13 +94,13 @@ def backward(
         out = grad_weight
         if one.split > 1:
             out = torch.empty((one.split, *weight.shape), dtype=torch.float32, device=x.device)
-        chunk_weight_grad(grad_a, h, x, grad_z, earlier=None, out=out, split=one.split, **_options(one, plan))
+        chunk_weight_grad(grad_a, h, x, grad_z, earlier=None, out=out, split=one.split, **options(one, plan))
         if one.split > 1:
             combine(out, grad_weight, None, activation=IDENTITY)
     if need_x:
         one = passes["decode"]
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        chunk_decode(grad_a, weight, None, earlier=None, out=grad_x, split=one.split, **_options(one, plan))
+        chunk_decode(grad_a, weight, None, earlier=None, out=grad_x, split=one.split, **options(one, plan))
     if need_bias:
         grad_bias = grad_a.sum(0, dtype=torch.float32)
     return grad_x, grad_weight, grad_bias

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
+from tiedfused._backends.triton.stats import add_partial_stats, partial_stats, store_stats
 from tiedfused.activations import Activation
+from tiedfused.reference import LatentStats
 from tiedfused.tiles import LatentTile
 
 
@@ -24,6 +26,10 @@ def bottleneck_forward_kernel(
     bias_enc_ptr,
     bias_dec_ptr,
     y_ptr,
+    l1_ptr,
+    l0_ptr,
+    total_ptr,
+    fired_ptr,
     N,
     H,
     D,
@@ -58,6 +64,8 @@ def bottleneck_forward_kernel(
     if bias_enc_ptr is not None:
         a_t += tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)[:, None]
     h = tl.where(mask_h[:, None], ACTIVATION(a_t), 0.0).to(w_ptr.dtype.element_ty).T  # [BLOCK_N, BLOCK_H]
+    if l1_ptr is not None:
+        store_stats(h, l1_ptr, l0_ptr, total_ptr, fired_ptr, tl.program_id(0), 0, offs_n, offs_h, N, H)
 
     for d0 in tl.range(0, D, BLOCK_D):
         mask_d = tl.full([BLOCK_D], True, tl.int1) if EVEN_D else offs_d < D - d0
@@ -79,8 +87,9 @@ def bottleneck_forward(
     output_activation: Activation,
     tile: LatentTile,
     precision: str,
+    stats: LatentStats | None = None,
 ) -> Tensor:
-    """The reconstruction of `x`.
+    """The reconstruction of `x`, and the statistics of its latent.
 
     Args:
         x: [N, d] bf16, fp16 or fp32, unit stride along d, any row stride (0 included).
@@ -91,6 +100,8 @@ def bottleneck_forward(
         output_activation: g, an entry with a Triton pair; applied in fp32.
         tile: rows of x and columns of W that a program holds at a time; block_h is at least H.
         precision: "ieee" or "tf32", for fp32 inputs.
+        stats: the statistics of the latent as it is decoded, rounded to the dtype of `x`, are added to it (see
+            `tiedfused._backends`); or None.
 
     Returns:
         y [N, d], contiguous, in the dtype of `x`.
@@ -101,12 +112,18 @@ def bottleneck_forward(
     H = weight.shape[0]
     assert tile.block_h >= H
     y = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    bottleneck_forward_kernel[(triton.cdiv(N, tile.block_n),)](
+    blocks = triton.cdiv(N, tile.block_n)
+    parts = None if stats is None else partial_stats(N, H, 1, blocks, x.device)
+    bottleneck_forward_kernel[(blocks,)](
         x_ptr=x,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
         bias_dec_ptr=bias_dec,
         y_ptr=y,
+        l1_ptr=None if parts is None else parts.l1,
+        l0_ptr=None if parts is None else parts.l0,
+        total_ptr=None if parts is None else parts.mean,
+        fired_ptr=None if parts is None else parts.fired,
         N=N,
         H=H,
         D=D,
@@ -124,4 +141,6 @@ def bottleneck_forward(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if stats is not None and parts is not None:
+        add_partial_stats(parts, stats, slice(0, N), slice(0, H))
     return y

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine_blocks, sum_parts
+from tiedfused._backends.triton.stats import add_penalties
 from tiedfused.activations import Activation
 from tiedfused.tiles import LatentTile
 
@@ -25,6 +26,8 @@ def bottleneck_latent_kernel(
     x_ptr,
     w_ptr,
     bias_enc_ptr,
+    grad_l1_ptr,
+    grad_total_ptr,
     h_ptr,
     grad_a_ptr,
     N,
@@ -83,7 +86,8 @@ def bottleneck_latent_kernel(
             a_t += tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)[:, None]
         h_t = ACTIVATION(a_t)
         if grad_pre_ptr is not None:
-            grad_h_t *= DERIVATIVE(a_t, h_t)
+            at = (offs_n[None, :], offs_h[:, None], mask_n[None, :], mask_h[:, None])
+            grad_h_t = add_penalties(grad_h_t, h_t, grad_l1_ptr, grad_total_ptr, *at) * DERIVATIVE(a_t, h_t)
         a_t = h_t
     out = (tl.cast(part, tl.int64) * N + offs_n)[:, None] * H + offs_h[None, :]
     mask = mask_n[:, None] & mask_h[None, :]
@@ -97,6 +101,8 @@ def combine_latent_kernel(
     a_ptr,
     grad_h_ptr,
     bias_enc_ptr,
+    grad_l1_ptr,
+    grad_total_ptr,
     h_ptr,
     grad_a_ptr,
     size,
@@ -115,7 +121,9 @@ def combine_latent_kernel(
     h = ACTIVATION(a)
     tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
     if grad_a_ptr is not None:
-        grad_a = sum_parts(grad_h_ptr, offs, mask, size, split, PARTS, BLOCK) * DERIVATIVE(a, h)
+        grad_h = sum_parts(grad_h_ptr, offs, mask, size, split, PARTS, BLOCK)
+        at = (offs // columns, offs % columns, mask, mask)
+        grad_a = add_penalties(grad_h, h, grad_l1_ptr, grad_total_ptr, *at) * DERIVATIVE(a, h)
         tl.store(grad_a_ptr + offs, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
 
 
@@ -124,6 +132,8 @@ def bottleneck_latent(
     grad_pre: Tensor | None,
     weight: Tensor,
     bias_enc: Tensor | None,
+    grad_l1: Tensor | None = None,
+    grad_total: Tensor | None = None,
     *,
     activation: Activation,
     tile: LatentTile,
@@ -137,6 +147,8 @@ def bottleneck_latent(
         grad_pre: ō [N, d], the gradient before the output activation, dtype and layout as `x`; None makes h alone.
         weight: [H, d], the dtype of `x`, unit stride along d.
         bias_enc: [H], any floating dtype, or None.
+        grad_l1: [N] fp32, contiguous, or None: times the latent's sign, added to h̄.
+        grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
         tile: rows of x, rows of W and columns of both that a program holds at a time; block_h may be less than H.
         split: into how many parts d is divided; their fp32 sums are added in a fixed order.
@@ -159,6 +171,8 @@ def bottleneck_latent(
         x_ptr=x,
         w_ptr=weight,
         bias_enc_ptr=bias_enc,
+        grad_l1_ptr=grad_l1,
+        grad_total_ptr=grad_total,
         h_ptr=a,
         grad_a_ptr=grad_h,
         N=N,
@@ -186,6 +200,8 @@ def bottleneck_latent(
             a_ptr=a,
             grad_h_ptr=grad_h,
             bias_enc_ptr=bias_enc,
+            grad_l1_ptr=grad_l1,
+            grad_total_ptr=grad_total,
             h_ptr=h,
             grad_a_ptr=grad_a,
             size=h.numel(),

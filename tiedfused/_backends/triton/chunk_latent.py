@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.stats import add_penalties, store_stats
 from tiedfused.activations import Activation
 from tiedfused.reference import LatentStats
 from tiedfused.tiles import GemmTile
@@ -88,20 +89,11 @@ def chunk_latent_kernel(
         if h_ptr is not None:
             tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
     if l1_ptr is not None:
-        seen = tl.where(mask, h.to(h_ptr.dtype.element_ty).to(tl.float32), 0.0)
-        active = (seen != 0.0).to(tl.int32)
-        to_row = tl.cast(block_h, tl.int64) * N + offs_n
-        tl.store(l1_ptr + to_row, tl.sum(tl.abs(seen), 1), mask=mask_n)
-        tl.store(l0_ptr + to_row, tl.sum(active, 1), mask=mask_n)
-        to_latent = tl.cast(block_n, tl.int64) * H + offs_h
-        tl.store(total_ptr + to_latent, tl.sum(seen, 0), mask=mask_h)
-        tl.store(fired_ptr + to_latent, tl.sum(active, 0).to(fired_ptr.dtype.element_ty), mask=mask_h)
+        decoded = h.to(h_ptr.dtype.element_ty)
+        store_stats(decoded, l1_ptr, l0_ptr, total_ptr, fired_ptr, block_n, block_h, offs_n, offs_h, N, H)
     if grad_pre_ptr is not None:
-        if grad_l1_ptr is not None:
-            grad_l1 = tl.load(grad_l1_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-            grad_h += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0))
-        if grad_total_ptr is not None:
-            grad_h += tl.load(grad_total_ptr + offs_h, mask=mask_h, other=0.0)[None, :]
+        at = (offs_n[:, None], offs_h[None, :], mask_n[:, None], mask_h[None, :])
+        grad_h = add_penalties(grad_h, h, grad_l1_ptr, grad_total_ptr, *at)
         grad_a = tl.where(mask, grad_h * DERIVATIVE(a, h), 0.0)
         grad_a_ptrs = grad_a_ptr + offs_n.to(tl.int64)[:, None] * stride_grad_a + offs_h[None, :]
         tl.store(grad_a_ptrs, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)

@@ -49,7 +49,8 @@ def _slices(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
-def _options(one: Pass, plan: Plan) -> dict[str, Any]:
+def options(one: Pass, plan: Plan) -> dict[str, Any]:
+    """What every launch of a pass takes."""
     return {"tile": one.tile, "precision": plan.precision}
 
 
@@ -85,7 +86,7 @@ def forward(
                 h=h,
                 stats=parts,
                 activation=plan.activation,
-                **_options(encode, plan),
+                **options(encode, plan),
             )
             if stats is not None and parts is not None:
                 add_partial_stats(parts, stats, rows, latents)
@@ -96,7 +97,7 @@ def forward(
                 bias_dec if completes else None,
                 output_activation=plan.output_activation if completes else IDENTITY,
                 **sum_y.step(slice(0, size), latents.start == 0, latents.stop == H),
-                **_options(decode, plan),
+                **options(decode, plan),
             )
         sum_y.finish(bias_dec, plan.output_activation)
     return y, kept
@@ -199,14 +200,14 @@ def _sweep(
                 grad_a=grad_a,
                 grad_bias_enc=None if sum_bias is None else sum_bias[rows.start // block_rows :],
                 activation=plan.activation,
-                **_options(latent_pass, plan),
+                **options(latent_pass, plan),
             )
             if sum_weight is not None and weight_pass is not None and h is not None:
                 step = sum_weight.step(slice(0, width), rows.start == 0, rows.stop == N)
-                chunk_weight_grad(grad_a, h, x_rows, grad_rows, **step, **_options(weight_pass, plan))
+                chunk_weight_grad(grad_a, h, x_rows, grad_rows, **step, **options(weight_pass, plan))
             if sum_x is not None and decode_pass is not None:
                 step = sum_x.step(rows, latents.start == 0, latents.stop == H)
-                chunk_decode(grad_a, weight[latents], None, **step, **_options(decode_pass, plan))
+                chunk_decode(grad_a, weight[latents], None, **step, **options(decode_pass, plan))
         if sum_weight is not None:
             sum_weight.finish()
         if sum_bias is not None and grad_bias is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
 
@@ -67,7 +68,7 @@ def input_grad_kernel(
         # penalties after the product with f′: before it, sm_100 takes one more buffer of W, which does not fit at d 512
         grad_a = grad_h * slope
         if grad_l1_ptr is not None:
-            grad_a += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0)) * slope
+            grad_a += times_sign(grad_l1, h) * slope
         if grad_total_ptr is not None:
             grad_a += tl.load(grad_total_ptr + h0 + offs_h, mask=mask_h, other=0.0)[None, :] * slope
         grad_a = tl.where(mask_h[None, :], grad_a, 0.0)

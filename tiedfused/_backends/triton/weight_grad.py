@@ -17,6 +17,7 @@ from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
+from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
 
@@ -101,7 +102,7 @@ def weight_grad_kernel(
         h = ACTIVATION(a)
         if grad_l1_ptr is not None:
             grad_l1 = tl.load(grad_l1_ptr + n0 + offs_n, mask=mask_n, other=0.0)[None, :]
-            grad_h += tl.where(h > 0.0, grad_l1, tl.where(h < 0.0, -grad_l1, 0.0))
+            grad_h += times_sign(grad_l1, h)
         if grad_total_ptr is not None:
             grad_h += grad_total
         grad_a = tl.where(mask_hn, grad_h * DERIVATIVE(a, h), 0.0)
