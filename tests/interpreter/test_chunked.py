@@ -105,6 +105,13 @@ def test_statistics_and_penalties(way: str, activation: str, recompute: bool, dt
     assert torch.equal(with_stats(**options)(*p.operands)[0], layer(**options)(*p.operands))
 
 
+def test_a_latent_that_rounds_to_zero_is_not_active(way: str) -> None:
+    """sigmoid(−30) is 9e-14, and 0 in float16."""
+    x, weight = torch.zeros(37, 67, dtype=torch.float16), torch.ones(33, 67, dtype=torch.float16)
+    _, stats = with_stats(activation="sigmoid")(x, weight, torch.full((33,), -30.0, dtype=torch.float16))
+    assert all((t == 0).all() for t in stats)
+
+
 def test_strided_rows_and_expanded_gradient(way: str) -> None:
     p = problem(40, 24, 70)
     x = torch.randn(40, 60)[:, 3:27].detach().requires_grad_()
