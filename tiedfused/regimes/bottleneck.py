@@ -8,7 +8,7 @@ row tiles leaves most of the GPU idle, so it is encoded over parts of d, whose f
 decoded over tiles of d: h [N, H] then passes through memory, 2 N·H beside the 2 N·d of x and y.
 
 The latent's statistics: the one kernel writes what it sums over its rows, 6 bytes a latent and row tile, to be added
-up. Of h in memory they are taken by PyTorch's own sums, which no kernel of ours would read less for. In backward the
+up. Of h in memory PyTorch's own sums take them: parts, and their sums, would be as many launches. In backward the
 penalties' terms are added where ā is made: where d is in parts, when those are combined.
 
 Backward, three kernels that hand ā and h [N, H] on, in memory that is freed at its end: (1) ā and h from x and ō,
