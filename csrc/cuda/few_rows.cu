@@ -1,13 +1,15 @@
 // Few rows of x on a GPU of compute capability 8.0 or more. H is split over the blocks; a block takes 16 rows of W at a
 // time, and keeps its part of y in registers.
 //
-// Columns are dealt to the warps in chunks of 64: warp w has columns 64 (w + 8 c) … + 63 for c = 0 … kChunks − 1, of W,
-// of x and of y, for both products. So a warp reads only what it copied itself, and its ring of chunks in shared memory
-// needs no barrier of the block. Per 16 rows of W:
+// W comes through a ring of slots in shared memory, each a chunk of 512 columns of 16 rows; a warp has 64 columns of
+// every chunk, of W, of x and of y, for both products. Per 16 rows of W:
 //
 //   encode   aᵀ [16, n] = W_chunk [16, 64] xᵀ [64, n], summed over the warp's chunks as they arrive
 //   latents  the warps' sums are added in order, + b_enc, f, rounded: h in shared memory
 //   decode   yᵀ_chunk [64, n] += W_chunkᵀ [64, 16] hᵀ [16, n]; then the chunk's slot is filled with a later one
+//
+// Two barriers a slot say that it is full and that every warp has read it. Each warp copies two of a chunk's rows: from
+// compute capability 9.0 on with a bulk copy each, of up to 1 KiB, else in pieces of 16 bytes a thread.
 //
 // Rows of W are the M dimension of the first product and its columns that of the second, so that 8 rows of x fill an
 // instruction. A second kernel adds the blocks' parts of y in order: results are bitwise reproducible on one device.
@@ -22,21 +24,30 @@ namespace tiedfused::cuda {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileRows = 16;
-constexpr int kChunkColumns = 64;
-constexpr int kSteps = kChunkColumns / 16;         // of 16 columns, an instruction's worth
+constexpr int kWarpRows = kTileRows / kWarps;  // that a warp copies
+constexpr int kWarpColumns = 64;               // that a warp multiplies
+constexpr int kSteps = kWarpColumns / 16;      // of 16 columns, an instruction's worth
+constexpr int kChunkColumns = kWarps * kWarpColumns;
 constexpr int kRowBytes = kChunkColumns * 2 + 16;  // 16 more: eight rows then start in different banks
-constexpr int kChunkBytes = kTileRows * kRowBytes;
+constexpr int kSlotBytes = kTileRows * kRowBytes;
 constexpr int kLatentStride = kTileRows + 8;  // elements, likewise
+constexpr int kSlotBarriers = 2;              // full, read
 
-// Chunks on their way beyond those of the rows in work; less where 16 rows alone nearly fill shared memory.
-template <int kChunks>
-constexpr int kSlotsOf = kChunks + (kChunks >= 8   ? 0
-                                    : kChunks == 4 ? 1
-                                                   : 4);
+// Shared memory of a block with a ring of `slots`, for kGroups groups of 8 rows of x.
+template <int kGroups>
+constexpr int shared_bytes(int slots) {
+  return slots * (kSlotBytes + kSlotBarriers * 8) + kWarps * kTileRows * 8 * kGroups * 4 +
+         8 * kGroups * kLatentStride * 2;
+}
 
-template <int kChunks, int kGroups>
-constexpr int kSharedBytes =
-    kWarps * kSlotsOf<kChunks> * kChunkBytes + kWarps * kTileRows * 8 * kGroups * 4 + 8 * kGroups * kLatentStride * 2;
+// The longest ring that fits: what is on its way while a block computes is what keeps the memory busy.
+template <int kGroups>
+constexpr int slots_within(int limit) {
+  const int slots = (limit - shared_bytes<kGroups>(0)) / (shared_bytes<kGroups>(1) - shared_bytes<kGroups>(0));
+  return slots > 0 ? slots : 0;
+}
+
+TIEDFUSED_HOST_DEVICE constexpr int chunks_of(int d) { return (d + kChunkColumns - 1) / kChunkColumns; }
 
 template <int kValue>
 struct Constant {
@@ -52,23 +63,95 @@ __device__ inline void unrolled(F&& f) {
   }
 }
 
-// kChunks chunks of columns a warp, kGroups groups of 8 rows of x.
-template <typename T, int kChunks, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) few_rows_part(const Problem p) {
-  constexpr int kSlots = kSlotsOf<kChunks>, kN = 8 * kGroups;
+// How a warp copies its rows of a chunk, from `row` and `column` on, into a slot. Rows past H become zeros: the latents
+// that they meet are finite, but what an unfilled slot holds may not be.
+struct AsyncCopies {
+  static constexpr int kArrivals = kThreads;  // at the barrier `full`, a chunk
+
+  static __device__ void copy(const Problem& p, int64_t row, int column, int bytes, char* to, uint64_t* full) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      const bool valid = row + i < p.h;
+      const uint16_t* from = p.weight + (valid ? (row + i) * p.weight_stride + column : 0);
+#pragma unroll
+      for (int at = 0; at < kChunkColumns * 2; at += 32 * 16) {
+        const int mine = at + lane * 16;
+        if (mine < bytes) copy_async(to + i * kRowBytes + mine, from + mine / 2, valid);
+      }
+    }
+    arrive_after_copies(full);
+  }
+
+  static __device__ void barriers_made() {}
+};
+
+struct BulkCopies {
+  static constexpr int kArrivals = kWarps;
+
+  static __device__ void copy(const Problem& p, int64_t row, int column, int bytes, char* to, uint64_t* full) {
+    const int lane = threadIdx.x % 32;
+    const int64_t rows_left = p.h - row;
+    const int rows = rows_left >= kWarpRows ? kWarpRows : rows_left > 0 ? static_cast<int>(rows_left) : 0;
+    if (rows < kWarpRows) {  // in the last tile only, so that no bulk copy follows these stores
+      for (int i = rows; i < kWarpRows; ++i) {
+#pragma unroll 1
+        for (int at = lane * 16; at < bytes; at += 32 * 16) store_zeros(to + i * kRowBytes + at);
+      }
+      __syncwarp();
+    }
+    if (lane != 0) return;
+    arrive_expecting(full, rows * bytes);
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (i < rows) copy_bulk(to + i * kRowBytes, p.weight + (row + i) * p.weight_stride + column, bytes, full);
+    }
+  }
+
+  static __device__ void barriers_made() { fence_bulk_copies(); }
+};
+
+// One block's part of y; up to kChunks chunks of columns, kGroups groups of 8 rows of x.
+template <typename T, int kChunks, int kGroups, typename Copies>
+__device__ inline void part_of_y(const Problem& p, int slots) {
+  constexpr int kN = 8 * kGroups;
   extern __shared__ __align__(16) char shared[];
-  float* const sums = reinterpret_cast<float*>(shared + kWarps * kSlots * kChunkBytes);   // [kWarps][kTileRows][kN]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + slots * kSlotBytes);
+  uint64_t* const read = full + slots;
+  float* const sums = reinterpret_cast<float*>(read + slots);                             // [kWarps][kTileRows][kN]
   uint16_t* const latents = reinterpret_cast<uint16_t*>(sums + kWarps * kTileRows * kN);  // [kN][kLatentStride]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int quad = lane / 4, pair = lane % 4 * 2;  // where a lane's elements are in a fragment
-  char* const ring = shared + warp * kSlots * kChunkBytes;
-  const auto first_column = [&](int chunk) { return (chunk * kWarps + warp) * kChunkColumns; };
-  int chunks = 0;
-  while (chunks < kChunks && first_column(chunks) < p.d) ++chunks;
+  const auto first_column = [&](int chunk) { return (chunk * kWarps + warp) * kWarpColumns; };
+  const int chunks = chunks_of(p.d);
 
   const int64_t all_tiles = (p.h + kTileRows - 1) / kTileRows;
   const int64_t first_tile = all_tiles * blockIdx.x / gridDim.x, last_tile = all_tiles * (blockIdx.x + 1) / gridDim.x;
+
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < slots; ++slot) {
+      make_barrier(full + slot, Copies::kArrivals);
+      make_barrier(read + slot, kWarps);
+    }
+    Copies::barriers_made();
+  }
+  __syncthreads();
+
+  // the copy of one chunk after the other, tile by tile, into one slot of the ring after the other
+  int64_t copy_tile = first_tile;
+  int copy_chunk = 0;
+  const auto copy_next = [&](int slot) {
+    const int column = copy_chunk * kChunkColumns;
+    const int bytes = (p.d - column < kChunkColumns ? p.d - column : kChunkColumns) * 2;
+    Copies::copy(p, copy_tile * kTileRows + warp * kWarpRows, column, bytes,
+                 shared + slot * kSlotBytes + warp * kWarpRows * kRowBytes, full + slot);
+    if (++copy_chunk == chunks) {
+      copy_chunk = 0;
+      ++copy_tile;
+    }
+  };
+  for (int slot = 0; slot < slots && copy_tile < last_tile; ++slot) copy_next(slot);
 
   // x as the second operand of the encode product, for the whole run
   uint32_t x[kChunks][kSteps][kGroups][2];
@@ -88,45 +171,34 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_part(const Problem p) {
     }
   }
 
-  // the copy of one chunk after the other, tile by tile, into one slot of the ring after the other
-  int64_t copy_tile = first_tile;
-  int copy_chunk = 0, copy_slot = 0;
-  const auto copy_next = [&] {
-    if (copy_tile < last_tile && chunks > 0) {
-#pragma unroll
-      for (int i = 0; i < kTileRows * kChunkColumns / 8 / 32; ++i) {
-        const int piece = i * 32 + lane, row = piece / 8, at = piece % 8;
-        const int64_t j = copy_tile * kTileRows + row;
-        const int column = first_column(copy_chunk) + at * 8;
-        const bool valid = j < p.h && column < p.d;
-        copy_async(ring + copy_slot * kChunkBytes + row * kRowBytes + at * 16,
-                   valid ? p.weight + j * p.weight_stride + column : p.weight, valid);
-      }
-      if (++copy_chunk == chunks) {
-        copy_chunk = 0;
-        ++copy_tile;
-      }
-      copy_slot = copy_slot + 1 == kSlots ? 0 : copy_slot + 1;
-    }
-    commit_copies();  // an empty group at the end, so that the count of groups behind a chunk is always the same
-  };
-  for (int i = 0; i < kSlots; ++i) copy_next();
-
   float y[kChunks][kSteps][kGroups][4] = {};
-  int slot = 0;  // of the tile's first chunk
-  const auto chunk_at = [&](int chunk) { return ring + (slot + chunk) % kSlots * kChunkBytes; };
+  struct Place {
+    int slot;
+    uint32_t parity;  // of the phase that both barriers of the slot are in
+  };
+  Place first{0, 0};  // of the tile's first chunk
+  const auto place_of = [&](int chunk) {
+    const int slot = first.slot + chunk;
+    return slot < slots ? Place{slot, first.parity} : Place{slot - slots, first.parity ^ 1};
+  };
 
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     float a[kGroups][4] = {};
     unrolled<kChunks>([&](auto constant) {
       constexpr int c = decltype(constant)::value;
       if (c >= chunks) return;
-      wait_for_copies<kSlots - 1 - c>();  // all but the groups behind this chunk's
-      __syncwarp();
+      const Place place = place_of(c);
+      wait_for(full + place.slot, place.parity);
+      if (first_column(c) >= p.d) return;
+      const char* rows =
+          shared + place.slot * kSlotBytes + lane % 16 * kRowBytes + (warp * kWarpColumns + lane / 16 * 8) * 2;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t w[4];
-        load_matrices<false>(chunk_at(c) + lane % 16 * kRowBytes + s * 32 + lane / 16 * 16, w);
+        load_matrices<false>(rows + s * 32, w);
+        const int column = first_column(c) + s * 16;  // past d nothing was copied: what is there may be no number
+        if (column >= p.d) w[0] = w[1] = 0;
+        if (column + 8 >= p.d) w[2] = w[3] = 0;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) multiply_add<T>(a[g], w, x[c][s][g]);
       }
@@ -161,17 +233,25 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_part(const Problem p) {
     unrolled<kChunks>([&](auto constant) {
       constexpr int c = decltype(constant)::value;
       if (c >= chunks) return;
+      const Place place = place_of(c);
+      if (first_column(c) < p.d) {
+        const char* rows = shared + place.slot * kSlotBytes + (lane % 8 + lane / 16 * 8) * kRowBytes +
+                           (warp * kWarpColumns + lane / 8 % 2 * 8) * 2;
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        uint32_t w[4];
-        load_matrices<true>(chunk_at(c) + (lane % 8 + lane / 16 * 8) * kRowBytes + s * 32 + lane / 8 % 2 * 16, w);
+        for (int s = 0; s < kSteps; ++s) {
+          uint32_t w[4];
+          load_matrices<true>(rows + s * 32, w);
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) multiply_add<T>(y[c][s][g], w, h[g]);
+          for (int g = 0; g < kGroups; ++g) multiply_add<T>(y[c][s][g], w, h[g]);
+        }
       }
-      __syncwarp();  // every lane has read the slot that is filled now
-      copy_next();
+      if (copy_tile == last_tile) return;
+      __syncwarp();
+      if (lane == 0) arrive(read + place.slot);
+      wait_for(read + place.slot, place.parity);
+      copy_next(place.slot);
     });
-    slot = (slot + chunks) % kSlots;
+    first = place_of(chunks);
   }
 
 #pragma unroll
@@ -190,13 +270,38 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_part(const Problem p) {
   }
 }
 
-// y from the parts, one element a thread; the parts are added in the order of their blocks.
+template <typename T, int kChunks, int kGroups>
+__global__ void __launch_bounds__(kThreads, 1) few_rows_part(const Problem p, int slots) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  part_of_y<T, kChunks, kGroups, BulkCopies>(p, slots);
+#else
+  part_of_y<T, kChunks, kGroups, AsyncCopies>(p, slots);
+#endif
+}
+
+constexpr int kCombineColumns = 32;  // elements of y that a block makes
+constexpr int kCombineBytes = kWarps * kCombineColumns * 4;
+
+// y from the parts: each warp adds a range of them, in the order of their blocks, and the warps' sums are added in
+// order. A warp waits for 17 of 132 parts, 8 at a time; one thread an element would wait for 132.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) few_rows_combine(const Problem p, int blocks) {
-  const int i = blockIdx.x * kThreads + threadIdx.x, size = p.n * p.d;
-  if (i >= size) return;
+  extern __shared__ __align__(16) char shared[];
+  float* const sums = reinterpret_cast<float*>(shared);  // [kWarps][kCombineColumns]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int i = blockIdx.x * kCombineColumns + lane, size = p.n * p.d;
+  float sum = 0.0f;
+  if (i < size) {
+#pragma unroll 8
+    for (int block = blocks * warp / kWarps; block < blocks * (warp + 1) / kWarps; ++block) {
+      sum += p.parts[block * int64_t{size} + i];
+    }
+  }
+  sums[warp * kCombineColumns + lane] = sum;
+  __syncthreads();
+  if (warp != 0 || i >= size) return;
   float z = p.bias_dec != nullptr ? T::widen(p.bias_dec[i % p.d]) : 0.0f;
-  for (int block = 0; block < blocks; ++block) z += p.parts[block * int64_t{size} + i];
+  for (int w = 0; w < kWarps; ++w) z += sums[w * kCombineColumns + lane];
   activate(p.output_activation, &z, 1);
   p.y[i] = T::narrow(z);
 }
@@ -204,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) few_rows_combine(const Problem p, in
 // f(Constant<kChunks>, Constant<kGroups>) of the smallest instance that takes the problem, zeros if there is none.
 template <typename F>
 auto with_instance(const Problem& p, F&& f) {
-  const int chunks = (p.d + kWarps * kChunkColumns - 1) / (kWarps * kChunkColumns), groups = (p.n + 7) / 8;
+  const int chunks = chunks_of(p.d), groups = (p.n + 7) / 8;
   // clang-format off
 #define INSTANCE(c, g) if (chunks <= c && groups <= g) return f(Constant<c>{}, Constant<g>{});
   INSTANCE(1, 1) INSTANCE(1, 2) INSTANCE(1, 4) INSTANCE(1, 8)
@@ -224,21 +329,13 @@ namespace {
 
 using namespace tiedfused::cuda;
 
-int shared_bytes_for(const Problem& p) {
-  return with_instance(p, [](auto chunks, auto groups) {
-    if constexpr (chunks.value == 0) {
-      return 0;
-    } else {
-      return kSharedBytes<chunks.value, groups.value>;
-    }
-  });
-}
-
 int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
   return value;
 }
+
+int shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 template <typename T>
 cudaError_t launch(const Problem& p, int blocks, cudaStream_t stream) {
@@ -246,16 +343,17 @@ cudaError_t launch(const Problem& p, int blocks, cudaStream_t stream) {
     if constexpr (chunks.value == 0) {
       return cudaErrorInvalidValue;
     } else {
-      constexpr int bytes = kSharedBytes<chunks.value, groups.value>;
+      const int slots = slots_within<groups.value>(shared_limit()), bytes = shared_bytes<groups.value>(slots);
       const auto kernel = few_rows_part<T, chunks.value, groups.value>;
       const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (set != cudaSuccess) return set;
-      kernel<<<blocks, kThreads, bytes, stream>>>(p);
+      kernel<<<blocks, kThreads, bytes, stream>>>(p, slots);
       return cudaGetLastError();
     }
   });
   if (error != cudaSuccess) return error;
-  few_rows_combine<T><<<(p.n * p.d + kThreads - 1) / kThreads, kThreads, 0, stream>>>(p, blocks);
+  const int combining = (p.n * p.d + kCombineColumns - 1) / kCombineColumns;
+  few_rows_combine<T><<<combining, kThreads, kCombineBytes, stream>>>(p, blocks);
   return cudaGetLastError();
 }
 
@@ -269,9 +367,10 @@ const char* tiedfused_few_rows_refuses(const Problem* p) {
   };
   if (p->d % 8 != 0) return "d has to be a multiple of 8";
   if (unaligned(p->weight, p->weight_stride)) return "rows of weight have to start at multiples of 16 bytes";
-  const int bytes = shared_bytes_for(*p);
-  if (bytes == 0) return "N and d are too large: up to 8 rows for d 4096, 16 for 2048, 32 for 1024, 64 for 512";
-  if (bytes > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return "d is too large for this GPU's shared memory";
+  const int slots = with_instance(
+      *p, [](auto chunks, auto groups) { return chunks.value == 0 ? -1 : slots_within<groups.value>(shared_limit()); });
+  if (slots == -1) return "N and d are too large: up to 8 rows for d 4096, 16 for 2048, 32 for 1024, 64 for 512";
+  if (slots < chunks_of(p->d)) return "d is too large for this GPU's shared memory";
   return nullptr;
 }
 

@@ -26,12 +26,59 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
                : "memory");
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Once more arrived at `barrier` when this thread's earlier copy_async are in shared memory.
+__device__ inline void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 
-// Until at most kPending of this thread's committed groups of copies are on their way.
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// `bytes`, a multiple of 16, from global to shared memory, asynchronously; `barrier` counts them when they are there.
+// Both addresses are multiples of 16. Needs compute capability 9.0.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// What this thread wrote is there for copy_bulk too: such copies reach memory by a way of their own. Needs 9.0.
+__device__ inline void fence_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// 16 bytes of zeros to shared memory.
+__device__ inline void store_zeros(void* to) { *static_cast<uint4*>(to) = uint4{0, 0, 0, 0}; }
+
+// A barrier in shared memory: a phase of it is complete after `arrivals` of arrive…, and when the bytes that these
+// announced are there. Phases have parities 0, 1, 0, …
+__device__ inline void make_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives, and announces `bytes` of copy_bulk. Needs 9.0.
+__device__ inline void arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the barrier's phase of this parity is complete; it must be the phase in progress or the one before.
+__device__ inline void wait_for(uint64_t* barrier, uint32_t parity) {
+  uint32_t complete = 0;
+  while (complete == 0) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900  // with a pause in hardware
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
+  }
 }
 
 // Four 8 × 8 matrices of 16-bit elements: lanes 8i…8i+7 give the rows of matrix i, and this lane gets in r[i] elements

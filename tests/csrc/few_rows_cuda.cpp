@@ -1,6 +1,5 @@
 // Runs the CUDA kernels on the CPU (cuda_on_host.h) and compares with plain loops: the algorithm, its indices, its
-// waits and the block's barriers are checked. The machine's instructions are not, nor the warps' barriers: here every
-// instruction of a warp is one.
+// barriers and its copies are checked, by both ways of copying. The machine's instructions are not.
 #include "cuda_on_host.h"
 
 #include "../../csrc/cuda/few_rows.cu"
@@ -25,15 +24,15 @@ std::vector<uint16_t> normal(int64_t count, float scale) {
   return made;
 }
 
-template <typename T>
-bool agrees(int n, int d, int64_t h, int blocks, bool biases) {
+// `spare`: slots of the ring beyond those of a tile.
+template <typename T, typename Copies>
+bool agrees(int n, int d, int64_t h, int blocks, int spare, bool biases) {
   const int64_t x_stride = d + 3, weight_stride = d + 8;
   const auto x = normal<T>(n * x_stride, 1.0f);
   const auto weight = normal<T>(h * weight_stride, 1.0f / std::sqrt(static_cast<float>(d)));
   const auto bias_enc = normal<T>(h, 0.5f), bias_dec = normal<T>(d, 0.5f);
   std::vector<uint16_t> y(n * d, 0xffff);
   std::vector<float> parts(static_cast<size_t>(blocks) * n * d, std::numeric_limits<float>::quiet_NaN());
-  std::memset(shared, 0xff, sizeof shared);
   const Problem p{n,
                   d,
                   h,
@@ -47,19 +46,16 @@ bool agrees(int n, int d, int64_t h, int blocks, bool biases) {
                   parts.data(),
                   Activation::silu,
                   Activation::tanh};
+  const int slots = chunks_of(d) + spare;
   const bool taken = with_instance(p, [&](auto chunks, auto groups) {
     if constexpr (chunks.value != 0) {
-      static_assert(kSharedBytes<chunks.value, groups.value> <= static_cast<int>(sizeof shared));
-      on_host::launch(blocks, kThreads, [&] { few_rows_part<T, chunks.value, groups.value>(p); });
+      if (shared_bytes<groups.value>(slots) > static_cast<int>(sizeof shared)) return false;
+      on_host::launch(blocks, [&] { part_of_y<T, chunks.value, groups.value, Copies>(p, slots); });
     }
     return chunks.value != 0;
   });
   if (!taken) return false;
-  for (int i = 0; i < n * d; ++i) {  // its threads do not meet, so they need not be threads
-    threadIdx.x = i % kThreads;
-    blockIdx.x = i / kThreads;
-    few_rows_combine<T>(p, blocks);
-  }
+  on_host::launch((n * d + kCombineColumns - 1) / kCombineColumns, [&] { few_rows_combine<T>(p, blocks); });
 
   double error = 0, size = 0;
   std::vector<double> latent(h);
@@ -79,37 +75,50 @@ bool agrees(int n, int d, int64_t h, int blocks, bool biases) {
   }
   const double relative = std::sqrt(error / size);
   if (relative <= 1e-2) return true;
-  std::printf("N %d, d %d, H %ld, %d blocks: relative error %g\n", n, d, static_cast<long>(h), blocks, relative);
+  std::printf("N %d, d %d, H %ld, %d blocks, %d slots: relative error %g\n", n, d, static_cast<long>(h), blocks, slots,
+              relative);
   return false;
 }
 
-// A line for each instance of the kernel: its chunks of columns a warp, groups of 8 rows, bytes of shared memory.
-void print_instances() {
+// A line for each instance of the kernel: its chunks, its groups of 8 rows, and how many slots it has within so many
+// bytes of shared memory.
+void print_instances(const std::vector<int>& limits) {
   for (int chunks = 1; chunks <= 8; chunks *= 2) {
     for (int groups = 1; groups * chunks <= 8; groups *= 2) {
       Problem p{};
       p.n = 8 * groups;
-      p.d = 512 * chunks;
-      with_instance(p, [](auto c, auto g) {
-        if constexpr (c.value != 0) std::printf("%d %d %d\n", c.value, g.value, kSharedBytes<c.value, g.value>);
+      p.d = kChunkColumns * chunks;
+      with_instance(p, [&](auto c, auto g) {
+        std::printf("%d %d", c.value, g.value);
+        for (const int limit : limits) std::printf(" %d", slots_within<g.value>(limit));
+        std::puts("");
         return 0;
       });
     }
   }
 }
 
+template <typename Copies>
+bool good() {
+  bool good = true;
+  for (const auto landing : {on_host::Landing::early, on_host::Landing::late}) {
+    on_host::landing = landing;
+    good &= agrees<Bfloat16, Copies>(3, 72, 40, 1, 0, true);     // warps with no columns; H no multiple of 16; one slot
+    good &= agrees<Float16, Copies>(9, 520, 100, 2, 3, true);    // a chunk of 8 columns, two groups of rows
+    good &= agrees<Bfloat16, Copies>(1, 1544, 70, 1, 1, false);  // four chunks: tiles that wrap around the ring
+    good &= agrees<Bfloat16, Copies>(1, 8, 1, 1, 4, true);
+    good &= agrees<Float16, Copies>(2, 64, 20, 3, 2, false);  // more blocks than tiles
+  }
+  return good;
+}
+
 }  // namespace
 
-int main() {
-  print_instances();
-  bool good = true;
-  for (const bool wait : {false, true}) {
-    on_host::copies_wait = wait;
-    good &= agrees<Bfloat16>(3, 72, 40, 1, true);   // one chunk for two warps, none for the others; H no multiple of 16
-    good &= agrees<Float16>(9, 520, 100, 2, true);  // two chunks for one warp, two groups of rows
-    good &= agrees<Bfloat16>(1, 1544, 48, 1, false);  // four chunks: tiles that wrap around the ring
-    good &= agrees<Bfloat16>(1, 8, 1, 1, true);
-  }
-  std::puts(good ? "good" : "wrong");
-  return good ? 0 : 1;
+int main(int count, char** limits) {
+  std::vector<int> bytes;
+  for (int i = 1; i < count; ++i) bytes.push_back(std::atoi(limits[i]));
+  print_instances(bytes);
+  const bool all_good = good<AsyncCopies>() & good<BulkCopies>();
+  std::puts(all_good ? "good" : "wrong");
+  return all_good ? 0 : 1;
 }
