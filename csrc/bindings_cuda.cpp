@@ -25,8 +25,8 @@ using torch::stable::Tensor;
 Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::optional<Tensor> bias_dec,
                 std::string activation, std::string output_activation, std::optional<std::string> isa) {
   check_operands(x, weight, bias_enc, bias_dec);
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: on CUDA expected bfloat16 or float16, got float32");
-  STD_TORCH_CHECK(!isa.has_value(), "isa: names a build for CPUs");
+  check(x.scalar_type() != ScalarType::Float, "x: on CUDA expected bfloat16 or float16, got float32");
+  check(!isa.has_value(), "isa: on CUDA expected none, got '", isa.value_or(""), "'");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const auto pointer = [](const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); };
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
@@ -46,14 +46,15 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias_enc, std::op
       activation_of("output_activation", output_activation),
   };
   const char* refusal = tiedfused_few_rows_refuses(&problem);
-  STD_TORCH_CHECK(refusal == nullptr, "few_rows on CUDA: ", refusal);
+  check(refusal == nullptr, refusal, ", got x ", shape_of(x), ", weight ", shape_of(weight), " with a stride of ",
+        weight.stride(0));
   const int blocks = tiedfused_few_rows_blocks(&problem);
   Tensor parts = torch::stable::new_empty(x, {blocks, x.size(0), x.size(1)}, ScalarType::Float);
   problem.parts = static_cast<float*>(parts.mutable_data_ptr());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const int error = tiedfused_few_rows(&problem, x.scalar_type() == ScalarType::BFloat16, blocks, stream);
-  STD_TORCH_CHECK(error == 0, "few_rows on CUDA: ", tiedfused_cuda_error(error));
+  check(error == 0, "few_rows on CUDA: ", tiedfused_cuda_error(error));
   return y;
 }
 

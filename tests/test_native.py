@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from tiedfused import devices, extension, reference, settings
 from tiedfused.cli import app
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.functional import tied_encode_decode
+from tiedfused.regimes.native import CUDA_GROUP_BYTES, CUDA_SLOT_BYTES
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,6 +149,7 @@ def test_fresh_memory_is_not_trusted() -> None:
 
 
 X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8)
+KNOWN = ", ".join(EXTENSION.activations)
 
 
 @native
@@ -155,23 +158,30 @@ X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn
     [
         ((torch.randn(65, 8), W, None, None), {}, "x: expected 1 to 64 rows, got 65"),
         ((X[:0], W, None, None), {}, "x: expected 1 to 64 rows, got 0"),
-        ((X[:, :7], W, None, None), {}, r"x: expected shape \[N, 8\], as weight has 8 columns"),
-        ((X[0], W, None, None), {}, r"x: expected shape \[N, 8\]"),
-        ((X.double(), W.double(), None, None), {}, "x: expected float32, bfloat16 or float16"),
-        ((X, W.half(), None, None), {}, "weight: expected the dtype of x"),
-        ((X, W[0], None, None), {}, r"weight: expected shape \[H, d\]"),
+        ((X[:, :7], W, None, None), {}, "x: expected shape [N, 8], as weight is [16, 8], got [3, 7]"),
+        ((X[0], W, None, None), {}, "x: expected shape [N, 8], as weight is [16, 8], got [8]"),
+        ((X.double(), W.double(), None, None), {}, "x: expected float32, bfloat16 or float16, got float64"),
+        ((X.int(), W, None, None), {}, "x: expected float32, bfloat16 or float16, got Int"),
+        ((X, W.half(), None, None), {}, "weight: expected float32, as x, got float16"),
+        ((X, W[0], None, None), {}, "weight: expected shape [H, d], both at least 1, got [8]"),
+        ((X, W[:0], None, None), {}, "weight: expected shape [H, d], both at least 1, got [0, 8]"),
         ((torch.randn(8, 3).t(), W, None, None), {}, "x: expected a last stride of 1, got 3"),
         ((X, torch.randn(8, 16).t(), None, None), {}, "weight: expected a last stride of 1, got 16"),
-        ((X, W, C, None), {}, r"bias_enc: expected shape \[16\]"),
-        ((X, W, B, B), {}, r"bias_dec: expected shape \[8\]"),
-        ((X, W, B.double(), None), {}, "bias_enc: expected the dtype of x"),
-        ((X, W, None, None), {"f": "sine"}, "activation: 'sine' is not one that the native op has"),
-        ((X, W, None, None), {"g": "sine"}, "output_activation: 'sine' is not one that the native op has"),
+        ((X, W, C, None), {}, "bias_enc: expected shape [16], as weight is [16, 8], got [8]"),
+        ((X, W, B, B), {}, "bias_dec: expected shape [8], as weight is [16, 8], got [16]"),
+        ((X, W, torch.tensor(0.0), None), {}, "bias_enc: expected shape [16], as weight is [16, 8], got []"),
+        ((X, W, torch.randn(32)[::2], None), {}, "bias_enc: expected a last stride of 1, got 2"),
+        ((X, W, B.double(), None), {}, "bias_enc: expected float32, as x, got float64"),
+        ((X, W, B, C.bfloat16()), {}, "bias_dec: expected float32, as x, got bfloat16"),
+        ((X, W, None, None), {"f": "sine"}, f"activation: expected one of {KNOWN}, got 'sine'"),
+        ((X, W, None, None), {"g": "sine"}, f"output_activation: expected one of {KNOWN}, got 'sine'"),
+        ((X, W, None, None), {"isa": "sve"}, "isa: no kernel 'sve' runs on this CPU"),
     ],
 )
 def test_errors(operands, options, message) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        few_rows(*operands, **options)
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.tiedfused.few_rows(*operands, options.get("f", "relu"), options.get("g", "relu"), options.get("isa"))
+    assert str(error.value) == message
     few_rows(X, W, B, C)
 
 
@@ -252,6 +262,28 @@ def test_plan_takes_it_where_it_wins() -> None:
         assert regime(4, 256, 256, grad=True) == "tiled"
     with settings.override(regime="tiled"):
         assert regime(4, 256, 256) == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "capability", "why"),
+    [
+        (8, 4096, 80, None),
+        (8, 4096, 90, None),
+        (64, 512, 120, None),
+        (8, 2560, 120, None),
+        (8, 4096, 120, "do not keep 16 rows of W of 4096 in this GPU's shared memory"),
+        (9, 4096, 90, "do not keep 9 rows of 4096 in registers"),
+        (8, 4100, 90, "do not keep 8 rows of 4100 in registers"),
+        (8, 4096, 100, "were built for 80, 90a, 120a, not for compute capability 10.0"),
+    ],
+)
+def test_plan_takes_the_cuda_op_where_it_can(n: int, d: int, capability: int, why: str | None, monkeypatch) -> None:
+    built = dataclasses.replace(EXTENSION, why_not=None, cuda=("80", "90a", "120a"), activations=("relu", "identity"))
+    monkeypatch.setattr("tiedfused.regimes.native.EXTENSION", built)
+    with settings.override(regime="native"):
+        p = tiedfused.plan(n, d, 3000, dtype=torch.bfloat16, device="cuda", capability=capability, grad=False)
+    assert (p.regime == "native") == (why is None)
+    assert why is None or why in dict(p.alternatives)["native"]
 
 
 @native
@@ -352,6 +384,22 @@ def test_cuda_op(n: int, d: int, h: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not EXTENSION.cuda, reason="the native CUDA op was not built")
+def test_cuda_errors() -> None:
+    x, w = (t.to("cuda", torch.bfloat16) for t in (X, W))
+    for operands, isa, message in (
+        ((x, w.cpu()), None, "weight: expected on cuda:0, as x, got cpu"),
+        ((x.float(), w.float()), None, "x: on CUDA expected bfloat16 or float16, got float32"),
+        ((x, w), "avx2", "isa: on CUDA expected none, got 'avx2'"),
+        ((x[:, :7], w[:, :7]), None, "x and weight: expected a d that is a multiple of 8, got x [3, 7]"),
+        ((x.new_ones(9, 4096), w.new_ones(1, 4096)), None, "x: expected up to 8 rows for d to 4096"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            few_rows(*operands, None, None, isa=isa)
+        assert str(error.value).startswith(message)
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not EXTENSION.cuda, reason="the native CUDA op was not built")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
@@ -408,6 +456,8 @@ def test_cuda_kernel_on_the_host(tmp_path: Path) -> None:
     assert verdict == "good"
     assert len(instances) == 10
     for chunks, groups, *slots in (map(int, line.split()) for line in instances):
+        # what the plan reckons with
+        assert slots == [(limit - groups * CUDA_GROUP_BYTES) // CUDA_SLOT_BYTES for limit in SHARED_BYTES]
         # a tile, and what is on its way meanwhile: 16 KiB a slot
         assert slots[0] >= chunks + 1, (chunks, groups)
         assert slots[1] >= chunks + 5, (chunks, groups)

@@ -365,12 +365,12 @@ const char* tiedfused_few_rows_refuses(const Problem* p) {
   const auto unaligned = [](const void* pointer, int64_t stride) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 != 0 || stride % 8 != 0;
   };
-  if (p->d % 8 != 0) return "d has to be a multiple of 8";
-  if (unaligned(p->weight, p->weight_stride)) return "rows of weight have to start at multiples of 16 bytes";
+  if (p->d % 8 != 0) return "x and weight: expected a d that is a multiple of 8";
+  if (unaligned(p->weight, p->weight_stride)) return "weight: expected rows that start at multiples of 16 bytes";
   const int slots = with_instance(
       *p, [](auto chunks, auto groups) { return chunks.value == 0 ? -1 : slots_within<groups.value>(shared_limit()); });
-  if (slots == -1) return "N and d are too large: up to 8 rows for d 4096, 16 for 2048, 32 for 1024, 64 for 512";
-  if (slots < chunks_of(p->d)) return "d is too large for this GPU's shared memory";
+  if (slots == -1) return "x: expected up to 8 rows for d to 4096, 16 for d to 2048, 32 for d to 1024, 64 for d to 512";
+  if (slots < chunks_of(p->d)) return "weight: expected 16 rows that fit this GPU's shared memory";
   return nullptr;
 }
 

@@ -25,7 +25,7 @@ struct Problem {
 }  // namespace tiedfused::cuda
 
 extern "C" {
-// Why the problem is not for this kernel, or null: a static string.
+// Why the problem is not for this kernel, or null: a static string that names the argument and what was expected.
 const char* tiedfused_few_rows_refuses(const tiedfused::cuda::Problem*);
 // How many blocks the current device should run for it; each needs an [n, d] part.
 int tiedfused_few_rows_blocks(const tiedfused::cuda::Problem*);

@@ -14,6 +14,7 @@ from tiedfused import devices
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.regimes.common import NativeTile, Part, Pass, Request, kernel_ms
 from tiedfused.regimes.tiled import CPU_TILE_H
+from tiedfused.tiles import ARCHITECTURES
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -29,6 +30,12 @@ PORTABLE_MAX_ROWS = 8
 # Host time counts up to here: µs of native and tiled in fp32 at (4, 8, 16) 10.2 and 8.9, (1, 64, 256) 11.9 and 9.8,
 # (1, 256, 256) 16.5 and 13.4, but (8, 256, 1024) 64 and 220.
 TINY_NDH = 1 << 16
+
+
+# csrc/cuda/few_rows.cu: columns of W in a slot, and shared memory of a slot and for each 8 rows of x
+CUDA_CHUNK_D = 512
+CUDA_SLOT_BYTES = 16656
+CUDA_GROUP_BYTES = 4480
 
 
 def why_not(r: Request) -> str | None:
@@ -62,8 +69,11 @@ def why_not(r: Request) -> str | None:
         return "the native CUDA op was not built" + (f": {EXTENSION.note}" if EXTENSION.note else "")
     if r.gpu not in {int(arch.rstrip("af")) for arch in EXTENSION.cuda}:
         return f"its CUDA kernels were built for {', '.join(EXTENSION.cuda)}, not for compute capability {r.gpu / 10}"
-    if r.d % 8 != 0 or -(-r.n // 8) * _chunks(r.d) > 8:
+    chunks, groups = -(-r.d // CUDA_CHUNK_D), -(-r.n // 8)
+    if r.d % 8 != 0 or _power_of_two(chunks) * _power_of_two(groups) > 8:
         return f"its CUDA kernels do not keep {r.n} rows of {r.d} in registers"
+    if chunks * CUDA_SLOT_BYTES + _power_of_two(groups) * CUDA_GROUP_BYTES > ARCHITECTURES[r.gpu].shared_bytes:
+        return f"its CUDA kernels do not keep 16 rows of W of {r.d} in this GPU's shared memory"
     return None
 
 
@@ -84,9 +94,9 @@ def _slower(r: Request) -> str | None:
     return None
 
 
-def _chunks(d: int) -> int:
-    """Of 512 columns, as the CUDA kernels' instances have them: 1, 2, 4, 8, 16, …"""
-    return 1 << (-(-d // 512) - 1).bit_length()
+def _power_of_two(n: int) -> int:
+    """The next one, as the CUDA kernels' instances have them."""
+    return 1 << (n - 1).bit_length()
 
 
 def forward(r: Request, keep: bool) -> Part | str:
