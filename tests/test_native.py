@@ -280,10 +280,12 @@ def test_plan_takes_it_where_it_wins() -> None:
 def test_plan_takes_the_cuda_op_where_it_can(n: int, d: int, capability: int, why: str | None, monkeypatch) -> None:
     built = dataclasses.replace(EXTENSION, why_not=None, cuda=("80", "90a", "120a"), activations=("relu", "identity"))
     monkeypatch.setattr("tiedfused.regimes.native.EXTENSION", built)
-    with settings.override(regime="native"):
-        p = tiedfused.plan(n, d, 3000, dtype=torch.bfloat16, device="cuda", capability=capability, grad=False)
-    assert (p.regime == "native") == (why is None)
-    assert why is None or why in dict(p.alternatives)["native"]
+    for stats in (False, True):
+        request = {"dtype": torch.bfloat16, "device": "cuda", "capability": capability, "grad": False, "stats": stats}
+        with settings.override(regime="native"):
+            p = tiedfused.plan(n, d, 3000, **request)
+        assert (p.regime == "native") == (why is None)
+        assert why is None or why in dict(p.alternatives)["native"]
 
 
 @native
@@ -293,7 +295,12 @@ def test_plan_takes_the_cuda_op_where_it_can(n: int, d: int, capability: int, wh
     ("n", "d", "h", "f"), [(1, 1, 1, "relu"), (5, 70, 333, "relu"), (64, 33, 41, "gelu"), (3, 40, 77, "sigmoid")]
 )
 def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str) -> None:
-    operands = [None if t is None else t.detach() for t in problem(n, d, h, dtype, activation=f).operands]
+    assert_right_statistics(problem(n, d, h, dtype, activation=f), f=f, isa=isa)
+
+
+def assert_right_statistics(p: Problem, *, f: str = "relu", isa: str | None = None) -> None:
+    operands = [None if t is None else t.detach() for t in p.operands]
+    dtype = p.x.dtype
     y = few_rows(*operands, f=f, isa=isa)
     again, l1, l0, total, fired = torch.ops.tiedfused.few_rows_stats(*operands, f, "identity", isa)
     assert torch.equal(again, y)
@@ -302,7 +309,7 @@ def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str
         for t in (operands, [None if t is None else t.double() for t in operands])
     )
     assert_close(l1, eager.l1, truth.l1, dtype, "l1")
-    assert_close(total / n, eager.mean, truth.mean, dtype, "mean")
+    assert_close(total / len(p.x), eager.mean, truth.mean, dtype, "mean")
     assert torch.equal(l0, truth.l0)
     assert torch.equal(fired, truth.fired)
 
@@ -381,6 +388,7 @@ def test_cuda_op(n: int, d: int, h: int, dtype: torch.dtype) -> None:
     operands = [t.detach() for t in p.operands if t is not None]
     first = few_rows(*operands)
     assert all(torch.equal(few_rows(*operands), first) for _ in range(30))
+    assert_right_statistics(p)
 
 
 @pytest.mark.gpu

@@ -5,14 +5,15 @@
 // every chunk, of W, of x and of y, for both products. Per 16 rows of W:
 //
 //   encode   aᵀ [16, n] = W_chunk [16, 64] xᵀ [64, n], summed over the warp's chunks as they arrive
-//   latents  the warps' sums are added in order, + b_enc, f, rounded: h in shared memory
-//   decode   yᵀ_chunk [64, n] += W_chunkᵀ [64, 16] hᵀ [16, n]; then the chunk's slot is filled with a later one
+//   latents  the warps' sums are added in order, + b_enc, f, rounded: h in shared memory, where its statistics are
+//   counted decode   yᵀ_chunk [64, n] += W_chunkᵀ [64, 16] hᵀ [16, n]; then the chunk's slot is filled with a later one
 //
 // Two barriers a slot say that it is full and that every warp has read it. Each warp copies two of a chunk's rows: from
 // compute capability 9.0 on with a bulk copy each, of up to 1 KiB, else in pieces of 16 bytes a thread.
 //
 // Rows of W are the M dimension of the first product and its columns that of the second, so that 8 rows of x fill an
-// instruction. A second kernel adds the blocks' parts of y in order: results are bitwise reproducible on one device.
+// instruction. A second kernel adds the blocks' parts of y, and of the rows' statistics, in order: results are bitwise
+// reproducible on one device.
 #include "few_rows.h"
 
 #ifndef TIEDFUSED_CUDA_ON_HOST  // the tests compile this file for the CPU, with these instructions in C++
@@ -31,13 +32,14 @@ constexpr int kChunkColumns = kWarps * kWarpColumns;
 constexpr int kRowBytes = kChunkColumns * 2 + 16;  // 16 more: eight rows then start in different banks
 constexpr int kSlotBytes = kTileRows * kRowBytes;
 constexpr int kLatentStride = kTileRows + 8;  // elements, likewise
+constexpr int kRowStatsBytes = 8;             // l1, l0
 constexpr int kSlotBarriers = 2;              // full, read
 
 // Shared memory of a block with a ring of `slots`, for kGroups groups of 8 rows of x.
 template <int kGroups>
 constexpr int shared_bytes(int slots) {
-  return slots * (kSlotBytes + kSlotBarriers * 8) + kWarps * kTileRows * 8 * kGroups * 4 +
-         8 * kGroups * kLatentStride * 2;
+  return slots * (kSlotBytes + kSlotBarriers * 8) +
+         8 * kGroups * (kWarps * kTileRows * 4 + kLatentStride * 2 + kRowStatsBytes);
 }
 
 // The longest ring that fits: what is on its way while a block computes is what keeps the memory busy.
@@ -63,8 +65,8 @@ __device__ inline void unrolled(F&& f) {
   }
 }
 
-// How a warp copies its rows of a chunk, from `row` and `column` on, into a slot. Rows past H become zeros: the latents
-// that they meet are finite, but what an unfilled slot holds may not be.
+// How a warp copies its rows of a chunk, from `row` and `column` on, into a slot. Rows past H become zeros: their
+// latents are 0 too, but what an unfilled slot holds may be no number.
 struct AsyncCopies {
   static constexpr int kArrivals = kThreads;  // at the barrier `full`, a chunk
 
@@ -111,6 +113,33 @@ struct BulkCopies {
   static __device__ void barriers_made() { fence_bulk_copies(); }
 };
 
+struct Counted {
+  float absolute, total;  // sums of |h| and of h, in order
+  int active;             // how many are not 0
+};
+
+template <typename T>
+__device__ inline Counted count(const uint16_t* latents, int stride, int size) {
+  Counted counted{};
+#pragma unroll 2  // registers are full
+  for (int i = 0; i < size; ++i) {
+    const float h = T::widen(latents[i * stride]);
+    counted.absolute += fabsf(h);
+    counted.total += h;
+    counted.active += h != 0.0f;
+  }
+  return counted;
+}
+
+// The blocks' parts of the rows' statistics, which lie behind those of y.
+struct RowParts {
+  float* l1;  // [blocks, n]
+  int* l0;    // [blocks, n]
+
+  __device__ RowParts(const Problem& p, int blocks)
+      : l1(p.parts + int64_t{blocks} * p.n * p.d), l0(reinterpret_cast<int*>(l1 + blocks * p.n)) {}
+};
+
 // One block's part of y; up to kChunks chunks of columns, kGroups groups of 8 rows of x.
 template <typename T, int kChunks, int kGroups, typename Copies>
 __device__ inline void part_of_y(const Problem& p, int slots) {
@@ -120,6 +149,8 @@ __device__ inline void part_of_y(const Problem& p, int slots) {
   uint64_t* const read = full + slots;
   float* const sums = reinterpret_cast<float*>(read + slots);                             // [kWarps][kTileRows][kN]
   uint16_t* const latents = reinterpret_cast<uint16_t*>(sums + kWarps * kTileRows * kN);  // [kN][kLatentStride]
+  float* const l1 = reinterpret_cast<float*>(latents + kN * kLatentStride);               // [kN]
+  int* const l0 = reinterpret_cast<int*>(l1 + kN);                                        // [kN]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int quad = lane / 4, pair = lane % 4 * 2;  // where a lane's elements are in a fragment
@@ -171,6 +202,11 @@ __device__ inline void part_of_y(const Problem& p, int slots) {
     }
   }
 
+  if (threadIdx.x < kN) {
+    l1[threadIdx.x] = 0.0f;
+    l0[threadIdx.x] = 0;
+  }
+
   float y[kChunks][kSteps][kGroups][4] = {};
   struct Place {
     int slot;
@@ -217,9 +253,23 @@ __device__ inline void part_of_y(const Problem& p, int slots) {
       float latent = j < p.h && p.bias_enc != nullptr ? T::widen(p.bias_enc[j]) : 0.0f;
       for (int w = 0; w < kWarps; ++w) latent += sums[(w * kTileRows + row) * kN + n];
       activate(p.activation, &latent, 1);
-      latents[n * kLatentStride + row] = T::narrow(latent);  // rows past H meet zeros in W
+      latents[n * kLatentStride + row] = j < p.h ? T::narrow(latent) : 0;
     }
     __syncthreads();
+
+    if (p.stats.wanted()) {
+      const int rows = tile + 1 < all_tiles ? kTileRows : static_cast<int>(p.h - tile * kTileRows);
+      const int n = threadIdx.x, row = n - kN;  // that this thread counts
+      if (n < p.n) {
+        const Counted counted = count<T>(latents + n * kLatentStride, 1, rows);
+        l1[n] += counted.absolute;
+        l0[n] += counted.active;
+      } else if (row >= 0 && row < rows) {
+        const Counted counted = count<T>(latents + row, kLatentStride, p.n);
+        p.stats.total[tile * kTileRows + row] = counted.total;
+        p.stats.fired[tile * kTileRows + row] = counted.active;
+      }
+    }
 
     uint32_t h[kGroups][2];
 #pragma unroll
@@ -254,6 +304,11 @@ __device__ inline void part_of_y(const Problem& p, int slots) {
     first = place_of(chunks);
   }
 
+  if (p.stats.wanted() && threadIdx.x < p.n) {
+    const RowParts rows(p, gridDim.x);
+    rows.l1[blockIdx.x * p.n + threadIdx.x] = l1[threadIdx.x];
+    rows.l0[blockIdx.x * p.n + threadIdx.x] = l0[threadIdx.x];
+  }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -286,6 +341,19 @@ constexpr int kCombineBytes = kWarps * kCombineColumns * 4;
 // order. A warp waits for 17 of 132 parts, 8 at a time; one thread an element would wait for 132.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) few_rows_combine(const Problem p, int blocks) {
+  if (p.stats.wanted() && blockIdx.x == 0 && threadIdx.x < p.n) {
+    const RowParts rows(p, blocks);
+    float l1 = 0.0f;
+    int64_t l0 = 0;
+#pragma unroll 8
+    for (int block = 0; block < blocks; ++block) {
+      l1 += rows.l1[block * p.n + threadIdx.x];
+      l0 += rows.l0[block * p.n + threadIdx.x];
+    }
+    p.stats.l1[threadIdx.x] = l1;
+    p.stats.l0[threadIdx.x] = l0;
+  }
+
   extern __shared__ __align__(16) char shared[];
   float* const sums = reinterpret_cast<float*>(shared);  // [kWarps][kCombineColumns]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -35,7 +35,7 @@ TINY_NDH = 1 << 16
 # csrc/cuda/few_rows.cu: columns of W in a slot, and shared memory of a slot and for each 8 rows of x
 CUDA_CHUNK_D = 512
 CUDA_SLOT_BYTES = 16656
-CUDA_GROUP_BYTES = 4480
+CUDA_GROUP_BYTES = 4544
 
 
 def why_not(r: Request) -> str | None:
@@ -44,8 +44,6 @@ def why_not(r: Request) -> str | None:
         return f"there are native ops for the CPU and for CUDA devices, the tensors are on {r.device_type}"
     if r.grad:
         return "the native ops have no backward"
-    if r.stats and r.device_type == "cuda":
-        return "its CUDA kernels give no statistics of the latent"
     if r.n == 0:
         return "there are no rows: y is empty"
     if r.n > MAX_ROWS:
@@ -107,7 +105,7 @@ def forward(r: Request, keep: bool) -> Part | str:
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     parts = r.threads if on_cpu else r.multiprocessors
     stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
-    sums = parts * (r.n * r.d * 4 + (r.n * 12 if r.stats else 0))
+    sums = parts * r.n * (r.d * 4 + ((12 if on_cpu else 8) if r.stats else 0))
     workspace = sums + (r.n + 1) * r.d * 4 if on_cpu else sums
     flops = 4 * r.ndh
     predicted = kernel_ms(r, flops=flops, efficiency=EFFICIENCY, memory_bytes=2 * x + w + stats)
