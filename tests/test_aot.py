@@ -306,7 +306,9 @@ def test_split(kernel: str) -> None:
 @pytest.mark.parametrize(("capability", "width"), [(90, 128), (90, 256), (80, 128), (100, 128), (100, 512)])
 def test_statistics_and_penalties(kernel: str, width: int, capability: int) -> None:
     tile, _ = lookup(kernel, width, "bfloat16", capability)
-    (compiled,) = compile_kernel(kernel, tile, width, torch.bfloat16, capability, stats=True)
+    compiled, *after = compile_kernel(kernel, tile, width, torch.bfloat16, capability, stats=True)
+    assert [launch.name for launch in after] == ["add_parts_kernel"] * (2 if kernel == "forward" else 0)
+    assert all(launch.stack_bytes == 0 for launch in after)
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
     assert compiled.stack_bytes <= 16
     assert compiled.wgmma > 0 or capability != 90
@@ -329,7 +331,8 @@ def test_statistics_and_penalties_in_chunks(kernel: str, capability: int, dtype:
 def test_statistics_and_penalties_of_a_small_latent(kernel: str, capability: int, itemsize: int, h: int) -> None:
     dtype = DTYPES[itemsize]
     tile, _ = lookup(kernel, h, str(dtype).removeprefix("torch."), capability)
-    (compiled,) = compile_kernel(kernel, tile, 784, dtype, capability, latents=h, stats=True)
+    compiled, *after = compile_kernel(kernel, tile, 784, dtype, capability, latents=h, stats=True)
+    assert [launch.name for launch in after] == ["add_parts_kernel"] * (2 if kernel == "bottleneck_forward" else 0)
     assert_fits(compiled, kernel, tile, 16, itemsize, capability)
     assert compiled.stack_bytes <= (24 if (capability, h) == (100, 512) else 0)  # once a program, outside its loops
     assert compiled.wgmma > 0 or capability != 90 or itemsize == 4
@@ -347,7 +350,8 @@ def test_penalties_where_parts_of_d_are_combined() -> None:
 def test_statistics_of_few_rows(kernel: str, capability: int, width: int) -> None:
     tile, _ = lookup(kernel, width, "bfloat16", capability)
     options = {"rows": tile.block_n, "latents": 1 << 17, "split": 132, "stats": True}  # type: ignore[union-attr]
-    compiled, _ = compile_kernel("forward", tile, width, torch.bfloat16, capability, **options)
+    compiled, *after = compile_kernel("forward", tile, width, torch.bfloat16, capability, **options)
+    assert [launch.name for launch in after] == ["combine_kernel"] + ["add_parts_kernel"] * 2
     assert_fits(compiled, kernel, tile, width, 2, capability)
     assert compiled.stack_bytes == 0
 

@@ -16,8 +16,8 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
 # Host time between two launches, in s; hidden where the kernels take longer than that. Assumed.
 LAUNCH_SECONDS = 4e-6
-# Small ones that follow a kernel with statistics: four kinds of partial sums are added up, and to what is there.
-STATS_LAUNCHES = 8
+# Small ones that follow a kernel with statistics: the parts of the rows' and of the latents' are added up.
+STATS_LAUNCHES = 2
 
 
 @dataclasses.dataclass(frozen=True)

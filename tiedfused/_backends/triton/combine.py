@@ -10,13 +10,15 @@ from tiedfused.activations import Activation
 
 
 @triton.jit
-def sum_parts(partial_ptr, offs, mask, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts(
+    partial_ptr, offs, mask, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr = tl.float32
+):
     """Σₛ partial[s, offs] ``[BLOCK]``; `PARTS` of them are read at once, so that the reads wait for memory together."""
     offs_part = tl.arange(0, PARTS).to(tl.int64)
-    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    total = tl.zeros([PARTS, BLOCK], DTYPE)
     for first in tl.range(0, split, PARTS):
         part_ptrs = partial_ptr + (first + offs_part)[:, None] * size + offs[None, :]
-        total += tl.load(part_ptrs, mask=(offs_part < split - first)[:, None] & mask[None, :], other=0.0)
+        total += tl.load(part_ptrs, mask=(offs_part < split - first)[:, None] & mask[None, :], other=0).to(DTYPE)
     return tl.sum(total, 0)
 
 

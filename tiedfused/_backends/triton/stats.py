@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.combine import combine_blocks, sum_parts
 from tiedfused.reference import LatentStats
 
 
@@ -60,12 +61,35 @@ def partial_stats(n: int, h: int, row_parts: int, latent_parts: int, device: tor
     )
 
 
+@triton.jit
+def add_parts_kernel(sums_ptr, counts_ptr, total_ptr, count_ptr, size, split, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = sum_parts(sums_ptr, offs, mask, size, split, PARTS, BLOCK)
+    count = sum_parts(counts_ptr, offs, mask, size, split, PARTS, BLOCK, tl.int32)
+    tl.store(total_ptr + offs, tl.load(total_ptr + offs, mask=mask) + total, mask=mask)
+    tl.store(count_ptr + offs, tl.load(count_ptr + offs, mask=mask) + count, mask=mask)
+
+
 def add_partial_stats(parts: LatentStats, stats: LatentStats, rows: slice, latents: slice) -> None:
     """Add up the parts, and add them to the statistics of `rows` and `latents`."""
-    stats.l1[rows].add_(parts.l1.sum(0))
-    stats.l0[rows].add_(parts.l0.sum(0))
-    stats.mean[latents].add_(parts.mean.sum(0))
-    stats.fired[latents].add_(parts.fired.sum(0))
+    for sums, counts, total, count in (
+        (parts.l1, parts.l0, stats.l1[rows], stats.l0[rows]),
+        (parts.mean, parts.fired, stats.mean[latents], stats.fired[latents]),
+    ):
+        split, size = sums.shape
+        at_once, block = combine_blocks(split)
+        add_parts_kernel[(triton.cdiv(size, block),)](
+            sums_ptr=sums,
+            counts_ptr=counts,
+            total_ptr=total,
+            count_ptr=count,
+            size=size,
+            split=split,
+            PARTS=at_once,
+            BLOCK=block,
+            num_warps=4,
+        )
 
 
 def add_stats(h: Tensor, stats: LatentStats) -> None:
