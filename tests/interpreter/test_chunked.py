@@ -66,6 +66,13 @@ def test_sizes(way: str, n: int, d: int, h: int) -> None:
     assert_layer_matches(layer(recompute=True), problem(n, d, h))
 
 
+def test_tiles_of_more_rows_than_a_chunk(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tuning may choose them: the sums of b̄_enc over a chunk's blocks must not share rows with the next chunk's."""
+    tile = dataclasses.replace(SMALL, block_m=64)
+    monkeypatch.setattr(chunked, "_gemm_tile", lambda kernel, dtype, capability: (tile, "test"))
+    assert_layer_matches(layer(recompute=True), problem(100, 24, 70))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "tanh", "leaky_relu"])
 def test_activations_without_biases(way: str, activation: str) -> None:
     p = problem(40, 20, 70, activation=activation, biases=activation == "leaky_relu")

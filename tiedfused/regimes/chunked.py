@@ -231,7 +231,7 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
     sum_x = _sum_bytes(r, parts_x, summed_rows, r.d, steps_h) if grad_x else 0
     sum_w = _sum_bytes(r, parts_w, latents, r.d, steps_n) if grad_weight else 0
     block_rows = _gemm_tile("chunk_latent", r.dtype_name, r.gpu)[0].block_m
-    sum_bias = math.ceil(r.n / block_rows) * latents * 4 if grad_weight else 0
+    sum_bias = steps_n * math.ceil(rows / block_rows) * latents * 4 if grad_weight else 0
     workspace = held + sum_x + sum_w + sum_bias
 
     latent = _Traffic(r)

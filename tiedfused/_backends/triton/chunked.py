@@ -163,6 +163,7 @@ def _sweep(
     block_rows = latent_pass.tile.block_m  # type: ignore[union-attr]
     like_x: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
     all_rows, all_latents = _slices(N, part.chunk[0]), _slices(H, part.chunk[1])
+    blocks = [-(-(rows.stop - rows.start) // block_rows) for rows in all_rows]  # a sum of b̄_enc's each
 
     grad_a_buffer = torch.empty(part.chunk, **like_x)
     h_buffer = torch.empty(part.chunk, **like_x) if need_weight and kept is None else None
@@ -179,8 +180,8 @@ def _sweep(
             sum_weight = _Sum(grad_weight[latents], len(all_rows), weight_pass.split)
         sum_bias = None
         if need_bias:
-            sum_bias = torch.empty((-(-N // block_rows), width), dtype=torch.float32, device=x.device)
-        for rows in all_rows:
+            sum_bias = torch.empty((sum(blocks), width), dtype=torch.float32, device=x.device)
+        for i, rows in enumerate(all_rows):
             size = rows.stop - rows.start
             x_rows, grad_rows, grad_a = x[rows], grad_z[rows], grad_a_buffer[:size, :width]
             h = None
@@ -198,7 +199,7 @@ def _sweep(
                 h=h,
                 kept=kept is not None,
                 grad_a=grad_a,
-                grad_bias_enc=None if sum_bias is None else sum_bias[rows.start // block_rows :],
+                grad_bias_enc=None if sum_bias is None else sum_bias[i * blocks[0] :],
                 activation=plan.activation,
                 **options(latent_pass, plan),
             )
