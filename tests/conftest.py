@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+_gpu_failed_in: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A kernel's illegal access makes every later call of the process fail, and says nothing of the tests after it."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpu") and _gpu_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:  # the process in this one's place begins anew
+            print(item.nodeid, report.longreprtext, sep="\n", file=sys.__stderr__, flush=True)
+            os._exit(1)
+        _gpu_failed_in.append(item.nodeid)
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _gpu_failed_in and item.get_closest_marker("gpu"):
+        pytest.skip(f"the GPU has failed in {_gpu_failed_in[0]}: later tests need a process of their own")
+
+
+def _gpu_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _errors_of_the_gpu_belong_to_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)

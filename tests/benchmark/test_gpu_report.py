@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tiedfused.benchmark import gpu_report, report
+from tiedfused.benchmark import bench, gpu_report, report, tune
 
 ROOT = Path(__file__).parents[2]
 NOT_THERE = ("typer", "rich", "matplotlib", "hypothesis", "pytest_benchmark", "expecttest")
@@ -79,3 +81,31 @@ def test_each_part_takes_its_problems() -> None:
     shapes = [gpu_report._in_part(["headline"], f"{k}/3") for k in (1, 2, 3)]
     assert [len(part) for part in shapes] == [1, 1, 1]
     assert [shape for part in shapes for shape in part] == gpu_report._in_part(["headline"], "1/1")
+
+
+def test_no_stage_writes_over_another_s_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bench's results and tune's config are both called as the GPU is."""
+    folders: list[Path] = []
+    for module, name in ((bench, "bench"), (tune, "tune")):
+        monkeypatch.setattr(module, name, lambda **options: folders.append(options["out"]))
+    options = argparse.Namespace(out=tmp_path, part="1/1", shapes=None, peers=None, device="", seconds=60.0)
+    gpu_report._bench(options)
+    gpu_report._tune(options)
+    assert len(set(folders)) == 2
+    assert all(len(folder.relative_to(tmp_path).parts) <= 1 for folder in folders)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tests_run_in_parallel_where_they_can(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def import_module(name: str) -> Any:
+        assert name == "xdist"
+        if not installed:
+            raise ImportError(name)
+
+    monkeypatch.setattr(gpu_report.importlib, "import_module", import_module)
+    monkeypatch.setattr(gpu_report.os, "execv", lambda program, command: commands.append(command))
+    gpu_report._tests(argparse.Namespace(tests=["tests"]))
+    assert ("-n" in commands[0]) == installed
+    assert commands[0][:5] == [sys.executable, "-m", "pytest", "-m", "gpu"]

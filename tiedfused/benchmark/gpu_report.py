@@ -5,13 +5,15 @@ so that the plan's choice is compared with what it did not take. max-autotune is
 longer than all the rest; `tiedfused bench --peers max-autotune` measures it.
 Each stage, tests, bench, profile, tune, is a process of its own with a time limit: what hangs or takes the GPU down
 costs its own stage and no other. torch, Triton and pytest are enough; no network. At most seven files are written:
-report.md, tests.txt, the results of bench, the config of tune, and a trace for each profiled problem.
+report.md, tests.txt, the results of bench, the config of tune in a folder of its own, and a trace for each profiled
+problem. The tests run in as many processes as there are cores, where pytest-xdist is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -30,6 +32,7 @@ SECONDS = 510
 WEIGHT = {"tests": 2.0, "bench": 5.0, "profile": 1.5, "tune": 1.5}
 GRACE_SECONDS = 10
 OVERRUN = 1.5  # bench leaves out what it has not begun when this much of its budget has passed
+MOST_WORKERS = 12  # of the tests: each holds some memory of the GPU
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,6 +40,9 @@ def _tests(options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider", "--tb=short"]
     # a test file whose imports are not installed here is an error of its own, and the others run
     command += ["--continue-on-collection-errors", *options.tests]
+    with contextlib.suppress(ImportError):  # most of the time goes into hundreds of kernels, compiled one by one
+        importlib.import_module("xdist")
+        command += ["-p", "xdist", "-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     os.execv(command[0], command)
 
 
@@ -62,7 +68,7 @@ def _tables(out: Path) -> str:
     for path in sorted(out.glob("*.json")):
         try:
             results = report.load(path)
-        except ValueError:  # a tuned config
+        except ValueError:  # not a results file
             continue
         columns, rows = report.full_table(results)
         problems = "".join(f"- {line}\n" for line in results["problems"])
@@ -85,7 +91,8 @@ def _profile(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     problems: list[str] = []
     shapes = [",".join(map(str, shape)) for shape in _in_part(options.shapes or ["tune"], options.part)]
-    tune.tune(shapes=shapes, device=options.device, out=options.out, budget=0.9 * options.seconds, problems=problems)
+    out = options.out / "tiles"  # its file is called as bench's is
+    tune.tune(shapes=shapes, device=options.device, out=out, budget=0.9 * options.seconds, problems=problems)
     print("\n".join(f"- {line}" for line in problems))
     return int(bool(problems))
 
