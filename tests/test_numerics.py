@@ -92,13 +92,21 @@ def serves(regime: str, n: int, d: int, h: int, dtype: torch.dtype, **options: b
         pytest.skip(dict(p.alternatives)[regime])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [32, 200, 3000])
+def test_large_problems_have_no_kinks(d: int, dtype: torch.dtype) -> None:
+    x, weight, bias, _ = problem(700, d, 1100, dtype, exact=True).operands
+    a = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    assert torch.equal(a.double(), torch.nn.functional.linear(x.double(), weight.double(), bias.double()))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 200, 256, 384, 512, 768])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_large(regime: str, recompute: bool, d: int, dtype: torch.dtype) -> None:
     serves(regime, 3000, d, 5000, dtype, recompute=recompute)
-    assert_layer_matches(layer(recompute=recompute), problem(3000, d, 5000, dtype, "cuda", activation="none"))
+    assert_layer_matches(layer(recompute=recompute), problem(3000, d, 5000, dtype, "cuda", exact=True))
 
 
 @pytest.mark.gpu
@@ -107,7 +115,7 @@ def test_large(regime: str, recompute: bool, d: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("grad", [True, False])
 def test_shapes_with_a_regime_of_their_own(regime: str, grad: bool, dtype: torch.dtype, n: int, d: int, h: int) -> None:
     serves(regime, n, d, h, dtype, grad=grad)
-    p = problem(n, d, h, dtype, "cuda", activation="none")
+    p = problem(n, d, h, dtype, "cuda", exact=True)
     if grad:
         assert_layer_matches(layer(), p)
         return
@@ -184,9 +192,10 @@ def test_nan_goes_where_it_goes_in_eager(small_tiles: str, where: str, activatio
     with torch.no_grad():
         getattr(p, where).view(-1)[3] = float("nan")
     ours = outputs(layer(activation=activation, recompute=True), p)
-    eager = outputs(lambda *t: reference.tied_encode_decode(*t, activation=activation), p)
+    # on the CPU: there elu's gradient is NaN where its input is, on CUDA devices it takes NaN for a positive number
+    eager = outputs(lambda *t: reference.tied_encode_decode(*t, activation=activation), p.to("cpu"))
     for name in ours:
-        assert torch.equal(ours[name].isnan(), eager[name].isnan()), name
+        assert torch.equal(ours[name].isnan().cpu(), eager[name].isnan()), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
