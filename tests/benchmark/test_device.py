@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,3 +83,29 @@ def test_clocks_where_there_is_no_nvidia_smi(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
     with device.Clocks(torch.device("cuda", 0)) as clocks:
         assert clocks.seen() == {}
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_gpu_is_busy_while_the_host_launches(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is timed of a small problem is Python."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("synchronize")
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
+    monkeypatch.setattr(device, "flush", lambda _: done.append("flush"))
+    assert milliseconds(Call(lambda: done.append("call")), torch.device("cuda", 0), warm=warm) == 1.5
+    assert done == ["call" if warm else "flush", "busy", "record", "call", "record", "synchronize"]

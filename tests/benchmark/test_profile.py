@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from tiedfused import plan, settings
+from tiedfused.benchmark import profile as profiler
 from tiedfused.benchmark.profile import Kernel, Launch, bound, columns_and_rows, kernels, ncu_command, operator_cost
 from tiedfused.cli import app
 
@@ -138,6 +140,21 @@ def test_sentence(kernel: Kernel, wall_ms: float, says: str) -> None:
     sentence = bound(kernel, kernel.ms, wall_ms, RATES, H100)
     assert says in sentence
     assert sentence.endswith(".")
+
+
+def test_the_host_s_time_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer hides it, so it is measured beside."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert 2 <= profiler._host_ms(lambda: time.sleep(0.002), torch.device("cuda", 0)) < 50
+    assert profiler._host_ms(lambda: time.sleep(0.002), torch.device("cpu")) == 0
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_profiler_that_sees_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "kernels", lambda *_: [])
+    result = RUN.invoke(app, ["profile", "8", "16", "32", "--device", "cpu", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "the profiler saw no kernel" in result.output
 
 
 def test_nsight_command() -> None:

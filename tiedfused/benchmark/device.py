@@ -29,6 +29,8 @@ from tiedfused.settings import MIB
 # Large enough for the full rate: cuBLAS levels off at about 8192 in 16 bits; 2048 on a CPU with a few cores.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
+# 1 ms at 2 GHz: longer than the host takes to launch a step of any peer
+BUSY_CYCLES = 2_000_000
 
 
 def resolve(text: str) -> torch.device:
@@ -204,6 +206,13 @@ def flush(device: torch.device) -> None:
     _flush_buffer(device).add_(1)
 
 
+def keep_busy(device: torch.device) -> None:
+    """Give a GPU something to do while the host launches what is timed next; its caches stay as they are."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda._sleep(BUSY_CYCLES)
+
+
 def milliseconds(call: Call, device: torch.device, *, warm: bool = False) -> float:
     """The time of one call: on a GPU between two events, on a CPU by the clock.
 
@@ -211,7 +220,10 @@ def milliseconds(call: Call, device: torch.device, *, warm: bool = False) -> flo
         call: what to time, after its preparation.
         device: where it runs.
         warm: start with what an untimed call just before leaves in the caches; otherwise with caches that hold
-            something else. Either also hides the launch of the call behind work that the GPU still has to do.
+            something else.
+
+    A GPU is busy while the host launches the call: what is timed is the GPU's work, and of the host's only what takes
+    longer than `BUSY_CYCLES`.
     """
     if warm:
         call()
@@ -219,6 +231,7 @@ def milliseconds(call: Call, device: torch.device, *, warm: bool = False) -> flo
         call.prepare()
     if not warm:
         flush(device)
+    keep_busy(device)
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

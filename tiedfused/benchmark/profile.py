@@ -7,6 +7,8 @@ import dataclasses
 import math
 import os
 import shlex
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,19 @@ def _run(call: Callable[[], Any], device: torch.device, times: int) -> None:
         torch.cuda.synchronize(device)
 
 
+def _host_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """The time that the host takes to launch a call; on a CPU there is none beside the call's own."""
+    if device.type != "cuda":
+        return 0.0
+    times = []
+    for _ in range(STEPS):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
 def columns_and_rows(
     found: Sequence[Kernel], rates: dict[str, float], gpu: Any = None
 ) -> tuple[list[str], list[list[str]]]:
@@ -372,7 +387,8 @@ def profile(
             call()
         reference = devices.ceilings(where, torch_dtype)
         times = devices.interleaved({**reference.calls, "layer": call}, where, STEPS)
-        rates, wall_ms = reference.rates(times), times["layer"].median
+        rates = reference.rates(times)
+        wall_ms = max(times["layer"].median, _host_ms(call, where))
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (where.type == "cuda")
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and stop on stderr
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
@@ -380,6 +396,8 @@ def profile(
 
     used = plan(*shape, dtype=torch_dtype, device=where, grad=which != "fwd")
     found = kernels(profiler.events(), where.type, torch_dtype.itemsize, used, launches, STEPS)
+    if not found:
+        raise RuntimeError("the profiler saw no kernel: is another profiler, or a debugger, attached to this GPU?")
     gpu = torch.cuda.get_device_properties(where) if where.type == "cuda" else None
     total_ms = sum(kernel.ms for kernel in found)
     stem = f"{config_name(devices.name(where))}-{problem.n}-{problem.d}-{problem.h}-{dtype}-{which}"

@@ -154,6 +154,7 @@ class _Kernel:
     def ms(self, calls: Sequence[Callable[[], Any]], times: int = CALLS) -> float:
         """Milliseconds a call, over `times` of them on operands in turn."""
         turn = itertools.cycle(calls)
+        devices.keep_busy(self.device)
         if self.device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
