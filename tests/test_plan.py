@@ -59,6 +59,17 @@ def ndh(p: Plan) -> int:
     return p.n * p.d * p.h
 
 
+@pytest.mark.parametrize("regime", [name for name in settings.REGIME_NAMES if name not in ("native", "tiled")])
+@pytest.mark.parametrize("position", range(3))
+def test_sizes_past_31_bits_are_left_to_tiles(position: int, regime: str) -> None:
+    sizes = [8, 8, 8]
+    sizes[position] = 2**31 - 5
+    with settings.override(regime=regime):
+        p = plan(*sizes, dtype=BF16, device="cuda", grad=False)
+    assert p.regime == "tiled"
+    assert "count" in dict(p.alternatives)[regime]
+
+
 @pytest.mark.parametrize("regime", ["stream", "chunked", "tiled"])
 def test_x_without_gradient_is_not_given_one(regime: str) -> None:
     arguments = dict(n=4096, d=64, h=4096, dtype=BF16, device="cuda", recompute=True)

@@ -14,6 +14,8 @@ from tiedfused.tiles import AnyTile
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MIN_CAPABILITY = 80
+# Kernels count rows, latents and columns in 32 bits, up to some tiles beyond the last one; elements in 64.
+TRITON_MAX_SIZE = 2**31 - 2**17
 # Host time between two launches, in s; hidden where the kernels take longer than that. Assumed.
 LAUNCH_SECONDS = 4e-6
 # Small ones that follow a kernel with statistics: the parts of the rows' and of the latents' are added up.
@@ -192,6 +194,8 @@ def why_not_triton(r: Request) -> str | None:
         return f"compute capability {r.capability / 10} is below {TRITON_MIN_CAPABILITY / 10}"
     if r.dtype not in TRITON_DTYPES:
         return f"its kernels take bfloat16, float16 and float32, not {r.dtype_name}"
+    if max(r.n, r.d, r.h) > TRITON_MAX_SIZE:
+        return f"its kernels count to {TRITON_MAX_SIZE}, N, d or H is {max(r.n, r.d, r.h)}"
     if r.f.triton is None:
         return f"activation {r.f.name!r} was registered without Triton functions"
     return None
