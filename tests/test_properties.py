@@ -17,7 +17,6 @@ from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 BUILT_IN = tiedfused.activation_names()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINKED = ("relu", "leaky_relu", "selu")
 
 
@@ -25,20 +24,40 @@ def layer(**options):
     return lambda *operands, **more: tied_encode_decode(*operands, **options, **more)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    n=st.integers(0, 40),
-    d=st.integers(1, 40),
-    h=st.integers(1, 60),
-    activation=st.sampled_from(BUILT_IN),
-    output_activation=st.sampled_from(BUILT_IN),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    recompute=st.sampled_from([None, True, False]),
-    biases=st.booleans(),
-)
-def test_any_problem(
-    small_tiles: str,
+HOW = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+ON_CPU = hypothesis_settings(max_examples=60, **HOW)
+ON_GPU = hypothesis_settings(max_examples=12, **HOW)  # each compiles three kernels and more
+
+ANY_PROBLEM = {
+    "n": st.integers(0, 40),
+    "d": st.integers(1, 40),
+    "h": st.integers(1, 60),
+    "activation": st.sampled_from(BUILT_IN),
+    "output_activation": st.sampled_from(BUILT_IN),
+    "recompute": st.sampled_from([None, True, False]),
+}
+WITH_GRADIENTS = {**ANY_PROBLEM, "dtype": st.sampled_from([torch.float32, torch.float64]), "biases": st.booleans()}
+WITH_STATISTICS = {
+    **ANY_PROBLEM,
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    "grad": st.booleans(),
+}
+
+
+@ON_CPU
+@given(**WITH_GRADIENTS)
+def test_any_problem(small_tiles: str, **drawn) -> None:
+    check_any_problem("cpu", **drawn)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@given(**WITH_GRADIENTS)
+def test_any_problem_on_gpu(**drawn) -> None:
+    check_any_problem("cuda", **drawn)
+
+
+def check_any_problem(
     device: str,
     n: int,
     d: int,
@@ -57,20 +76,20 @@ def test_any_problem(
     assert_layer_matches(layer(recompute=recompute, **options), p, **options)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    n=st.integers(0, 40),
-    d=st.integers(1, 40),
-    h=st.integers(1, 60),
-    activation=st.sampled_from(BUILT_IN),
-    output_activation=st.sampled_from(BUILT_IN),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    recompute=st.sampled_from([None, True, False]),
-    grad=st.booleans(),
-)
-def test_statistics_do_not_change_y(
-    small_tiles: str,
+@ON_CPU
+@given(**WITH_STATISTICS)
+def test_statistics_do_not_change_y(small_tiles: str, **drawn) -> None:
+    check_statistics("cpu", **drawn)
+
+
+@pytest.mark.gpu
+@ON_GPU
+@given(**WITH_STATISTICS)
+def test_statistics_do_not_change_y_on_gpu(**drawn) -> None:
+    check_statistics("cuda", **drawn)
+
+
+def check_statistics(
     device: str,
     n: int,
     d: int,
