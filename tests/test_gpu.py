@@ -165,9 +165,16 @@ def test_compiled_step(mode: str) -> None:
             torch.testing.assert_close(t, expected[name], rtol=2e-2, atol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_tf32(regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton cuts fp32 operands off to tf32 where cuBLAS rounds them: at most 8 times eager's error, and not fp32's."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32(regime: str) -> None:
+    """Triton cuts fp32 operands off to tf32 where cuBLAS rounds them: at most 8 times eager's error."""
     assert tiedfused.plan(8, 8, 8, device="cuda").precision == "tf32"
     p = made(regime, torch.float32)
     ours, eager, truth = (
