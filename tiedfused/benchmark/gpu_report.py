@@ -29,7 +29,7 @@ from tiedfused.settings import REGIME_NAMES
 
 SECONDS = 510
 # What of the time that is left a stage may take, beside the stages after it.
-WEIGHT = {"tests": 2.0, "bench": 5.0, "profile": 1.5, "tune": 1.5}
+WEIGHT = {"tests": 3.0, "bench": 5.0, "profile": 1.5, "tune": 1.5}
 GRACE_SECONDS = 10
 OVERRUN = 1.5  # bench leaves out what it has not begun when this much of its budget has passed
 MOST_WORKERS = 12  # of the tests: each holds some memory of the GPU
@@ -37,7 +37,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def _tests(options: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu and not slow",
+        "-q",
+        "-ra",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     # a test file whose imports are not installed here is an error of its own, and the others run
     command += ["--continue-on-collection-errors", *options.tests]
     with contextlib.suppress(ImportError):  # most of the time goes into hundreds of kernels, compiled one by one
