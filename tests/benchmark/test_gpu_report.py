@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -95,17 +94,18 @@ def test_no_stage_writes_over_another_s_file(tmp_path: Path, monkeypatch: pytest
     assert all(len(folder.relative_to(tmp_path).parts) <= 1 for folder in folders)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_tests_run_in_parallel_where_they_can(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed", [[], ["xdist"], ["pytest_timeout"], ["xdist", "pytest_timeout"]])
+def test_tests_run_in_parallel_where_they_can(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are cut off one by one only where others then go on."""
     commands: list[list[str]] = []
 
-    def import_module(name: str) -> Any:
-        assert name == "xdist"
-        if not installed:
+    def import_module(name: str) -> None:
+        if name not in installed:
             raise ImportError(name)
 
     monkeypatch.setattr(gpu_report.importlib, "import_module", import_module)
     monkeypatch.setattr(gpu_report.os, "execv", lambda program, command: commands.append(command))
     gpu_report._tests(argparse.Namespace(tests=["tests"]))
-    assert ("-n" in commands[0]) == installed
+    assert ("-n" in commands[0]) == ("xdist" in installed)
+    assert ("--timeout" in commands[0]) == (len(installed) == 2)
     assert commands[0][:5] == [sys.executable, "-m", "pytest", "-m", "gpu and not slow"]

@@ -6,7 +6,8 @@ longer than all the rest; `tiedfused bench --peers max-autotune` measures it.
 Each stage, tests, bench, profile, tune, is a process of its own with a time limit: what hangs or takes the GPU down
 costs its own stage and no other. torch, Triton and pytest are enough; no network. At most seven files are written:
 report.md, tests.txt, the results of bench, the config of tune in a folder of its own, and a trace for each profiled
-problem. The tests run in as many processes as there are cores, where pytest-xdist is installed.
+problem. The tests run in as many processes as there are cores, where pytest-xdist is installed, and with pytest-timeout
+one that hangs costs no other.
 """
 
 from __future__ import annotations
@@ -33,27 +34,26 @@ WEIGHT = {"tests": 3.0, "bench": 5.0, "profile": 1.5, "tune": 1.5}
 GRACE_SECONDS = 10
 OVERRUN = 1.5  # bench leaves out what it has not begun when this much of its budget has passed
 MOST_WORKERS = 12  # of the tests: each holds some memory of the GPU
+TEST_SECONDS = 90  # for one test
 ROOT = Path(__file__).parents[2]
 
 
 def _tests(options: argparse.Namespace) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu and not slow",
-        "-q",
-        "-ra",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow"]
+    command += ["-q", "-ra", "-p", "no:cacheprovider", "--tb=short"]
     # a test file whose imports are not installed here is an error of its own, and the others run
     command += ["--continue-on-collection-errors", *options.tests]
-    with contextlib.suppress(ImportError):  # most of the time goes into hundreds of kernels, compiled one by one
-        importlib.import_module("xdist")
-        command += ["-p", "xdist", "-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    for plugin, module, options_of in (
+        # most of the time goes into hundreds of kernels, compiled one by one
+        ("xdist", "xdist", ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]),
+        # what hangs costs its own process; without xdist it would be the only one
+        ("timeout", "pytest_timeout", ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]),
+    ):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            break
+        command += ["-p", plugin, *options_of]
     os.execv(command[0], command)
 
 
