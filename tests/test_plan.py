@@ -59,6 +59,18 @@ def ndh(p: Plan) -> int:
     return p.n * p.d * p.h
 
 
+@pytest.mark.parametrize(
+    ("regime", "sizes"),
+    [("stream", (5000, 128, 9000)), ("bottleneck", (2000, 3000, 200)), ("few_rows", (64, 512, 9000))],
+)
+def test_regime_that_was_asked_for_is_taken_with_the_latent_kept_or_not(regime: str, sizes: tuple[int, ...]) -> None:
+    """These keep no latent; in fp32 tiles that keep it are predicted to be faster."""
+    with settings.override(regime=regime):
+        p = plan(*sizes, device="cuda")
+    assert p.forward.regime == regime
+    assert not p.save_latent
+
+
 @pytest.mark.parametrize("regime", [name for name in settings.REGIME_NAMES if name not in ("native", "tiled")])
 @pytest.mark.parametrize("position", range(3))
 def test_sizes_past_31_bits_are_left_to_tiles(position: int, regime: str) -> None:

@@ -275,9 +275,13 @@ def request(
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(r: Request) -> Plan:
-    """The plan of a request: with the latent kept or not, whichever the cost model expects to be faster."""
+    """The plan of a request: with the latent kept or not, whichever the cost model expects to be faster.
+
+    A regime that was asked for comes first: some apply only with the latent kept, or only without.
+    """
     plans = [_with_latent(r, keep) for keep in _ways_to_keep(r)]
-    return min(plans, key=lambda p: p.predicted_ms)
+    asked_for = r.in_force.regime
+    return min(plans, key=lambda p: (all(part.regime != asked_for for part in p.parts), p.predicted_ms))
 
 
 def _ways_to_keep(r: Request) -> tuple[bool, ...]:
