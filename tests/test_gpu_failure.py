@@ -54,7 +54,8 @@ def test_an_illegal_access_fails_its_own_test_alone(workers: int, tmp_path: Path
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "made_up", "-p", "no:cacheprovider"]
     command += ["-c", str(HERE.parent / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)]
     command += ["-p", "xdist", "-n", str(workers)] if workers else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(HERE.parent)])}
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outer, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(HERE.parent)])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "illegal memory access" in done.stdout + done.stderr
     blamed = {

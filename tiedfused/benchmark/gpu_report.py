@@ -6,8 +6,8 @@ longer than all the rest; `tiedfused bench --peers max-autotune` measures it.
 Each stage, tests, bench, profile, tune, is a process of its own with a time limit: what hangs or takes the GPU down
 costs its own stage and no other. torch, Triton and pytest are enough; no network. At most seven files are written:
 report.md, tests.txt, the results of bench, the config of tune in a folder of its own, and a trace for each profiled
-problem. The tests run in as many processes as there are cores, where pytest-xdist is installed, and with pytest-timeout
-one that hangs costs no other.
+problem. Where pytest-xdist is installed the tests run in up to twelve processes, and with pytest-timeout one that hangs
+costs no other.
 """
 
 from __future__ import annotations
