@@ -213,6 +213,23 @@ def test_few_rows(kernel: str, capability: int, width: int) -> None:
         assert f"warpsPerCTA = [1, {tile.num_warps}]" in compiled.ttgir
 
 
+@pytest.mark.parametrize("kernel", FEW_ROWS_KERNELS)
+@pytest.mark.parametrize("capability", PACKAGED)
+@pytest.mark.parametrize("width", [128, 256, 768, 1024])
+def test_few_rows_in_float32(width: int, capability: int, kernel: str) -> None:
+    """Of which no config has tiles; ieee, the default, pipelines W, and takes more than tf32."""
+    if (width, capability) == (1024, 80):
+        with pytest.raises(ValueError, match="bytes of shared memory"):
+            lookup(kernel, width, "float32", capability)
+        return
+    tile, source = lookup(kernel, width, "float32", capability)
+    assert source == "heuristic"
+    assert isinstance(tile, Tile)
+    for rows in (tile.block_n, tile.block_n - 3):
+        (compiled,) = compile_kernel("forward", tile, width, torch.float32, capability, rows=rows, precision="ieee")
+        assert_fits(compiled, kernel, tile, width, 4, capability)
+
+
 @pytest.mark.parametrize("kernel", [*BOTTLENECK_KERNELS, *FEW_ROWS_KERNELS])
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -237,10 +237,12 @@ def resources(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: in
         scratch = rows * max(block_d) * itemsize if tensor_core == "wgmma" else 0
         shared = (stationary + tile.num_stages * streamed) * row_bytes + scratch + _BARRIER_BYTES
     elif itemsize == 4:
-        # tf32 reads the streamed tile in two layouts through registers, unpipelined; ieee stages the latent instead
+        # tf32 reads the streamed tile in two layouts through registers, unpipelined; ieee pipelines it, and stages the
+        # latent
         copies = tile.num_stages + 1 if tensor_core == "tcgen05" else 2
         tf32 = ((2 if atomic else 1) * stationary + copies * streamed) * row_bytes + longer
-        ieee = (stationary + streamed) * row_bytes + (latent_tiles + atomic) * latent * itemsize
+        pipeline = max(1, tile.num_stages - 1) * streamed
+        ieee = (stationary + pipeline) * row_bytes + (latent_tiles + atomic) * latent * itemsize
         shared = max(tf32, ieee)
     else:
         scratch = latent_tiles * latent * itemsize if tensor_core == "mma" and (rows < 128 or width > 128) else 0
