@@ -95,8 +95,6 @@ def test_statistics(regime: str, dtype: torch.dtype) -> None:
     def layer(*operands):
         return tied_encode_decode(*operands, activation="tanh", return_stats=True)
 
-    if regime not in ("stream", "chunked"):
-        pytest.skip("it gives no statistics")
     assert_matches(layer, made(regime, dtype), activation="tanh")
 
 
