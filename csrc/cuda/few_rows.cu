@@ -5,8 +5,8 @@
 // every chunk, of W, of x and of y, for both products. Per 16 rows of W:
 //
 //   encode   aᵀ [16, n] = W_chunk [16, 64] xᵀ [64, n], summed over the warp's chunks as they arrive
-//   latents  the warps' sums are added in order, + b_enc, f, rounded: h in shared memory, where its statistics are
-//   counted decode   yᵀ_chunk [64, n] += W_chunkᵀ [64, 16] hᵀ [16, n]; then the chunk's slot is filled with a later one
+//   latents  the warps' sums are added in order, + b_enc, f, rounded: h in shared memory; its statistics
+//   decode   yᵀ_chunk [64, n] += W_chunkᵀ [64, 16] hᵀ [16, n]; then the chunk's slot is filled with a later one
 //
 // Two barriers a slot say that it is full and that every warp has read it. Each warp copies two of a chunk's rows: from
 // compute capability 9.0 on with a bulk copy each, of up to 1 KiB, else in pieces of 16 bytes a thread.

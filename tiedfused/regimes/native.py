@@ -19,9 +19,9 @@ from tiedfused.tiles import ARCHITECTURES
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 EFFICIENCY = 0.8
-# Where tiled, which then has nothing to add up, is faster: ms of native and tiled on 2 threads of an EPYC (Zen 5) at
-# (48, 1024, 1024) 0.58 and 0.55 in fp32, 0.34 and 0.30 in bf16; with 32 rows 0.40 and 0.43, 0.24 and 0.24, and at
-# (64, 256, 256) 0.053 and 0.073, 0.043 and 0.054.
+# Where tiled, which then has nothing to add up, can be faster: ms of native and tiled on 2 threads of an EPYC (Zen 5)
+# at (64, 768, 768) 0.47 and 0.44 in fp32, 0.26 and 0.30 in bf16; with 32 rows of (1024, 1024) 0.41 and 0.57, 0.26 and
+# 0.35, and at (64, 256, 256) 0.082 and 0.097, 0.060 and 0.074.
 MAX_ROWS_OF_ONE_TILE = 32
 ONE_TILE_MIN_D = 512
 # Four floats a register: at (N, 768, 24576) in fp32 3.2, 8.0, 8.9, 15 and 29 ms for N 1, 4, 8, 16 and 32 there; eager
@@ -83,8 +83,8 @@ def _slower(r: Request) -> str | None:
         return f"{r.ndh} multiply-adds take less time than the call"
     if EXTENSION.cpu == "portable" and r.n > PORTABLE_MAX_ROWS:
         return f"N {r.n} is above {PORTABLE_MAX_ROWS}: its build for any CPU is slower than PyTorch's products"
-    # Beyond that every block of W streams both past: at d 16384, H 4096 in fp32, native takes 12.9 ms for 8 rows and 42
-    # for 16, tiled 26 and 30; in bf16 7.4 and 23, tiled 17 and 19.
+    # Beyond that every block of W streams both past: at d 16384, H 4096 in fp32, native takes 12.8 ms for 8 rows and 41
+    # for 16, tiled 25 and 31; in bf16 6.0 and 20, tiled 16 and 18.
     if r.n * r.d * (r.itemsize + 4) > r.device.l2_bytes // r.threads:
         return f"{r.n} rows of {r.d} and their sums do not fit a core's L2 cache beside W"
     if r.n > MAX_ROWS_OF_ONE_TILE and r.d > ONE_TILE_MIN_D and r.h <= CPU_TILE_H:
