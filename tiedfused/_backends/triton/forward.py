@@ -52,7 +52,6 @@ def forward_kernel(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     offs_h = tl.arange(0, BLOCK_H)
     mask_n = offs_n < N
-    row = offs_n.to(tl.int64)
 
     if WARP_SPECIALIZE:  # one warp group copies tiles of W through TMA while two others multiply
         w_tiles = rows.describe(w_ptr, H, D, stride_w, BLOCK_H, BLOCK_D)
@@ -61,7 +60,8 @@ def forward_kernel(
         if bias_enc_ptr is not None:
             bias_enc_tiles = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,))
     else:
-        x = rows.load(x_ptr + row * stride_x, mask_n, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        x_ptrs = x_ptr + rows.numbers(n0, N, BLOCK_N) * stride_x
+        x = rows.load(x_ptrs, tl.full([BLOCK_N], True, tl.int1), D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     y = rows.zeros(BLOCK_N, BLOCK_D)
     if l1_ptr is not None:
         l1 = tl.zeros([BLOCK_N], tl.float32)
@@ -95,14 +95,8 @@ def forward_kernel(
             tl.store(fired_ptr + latents, tl.sum(active, 0).to(fired_ptr.dtype.element_ty), mask=mask_h)
         y = rows.dot_add(h, w, y, PRECISION)  # [BLOCK_N, BLOCK_D]
 
-    y_ptrs = y_ptr + (tl.cast(part, tl.int64) * N + row) * D
-    for i in tl.static_range(len(BLOCK_D)):
-        offs_d, mask_d = rows.columns(i, D, EVEN_D, BLOCK_D)
-        out = y[i]
-        if bias_dec_ptr is not None:
-            out += tl.load(bias_dec_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        out = OUTPUT_ACTIVATION(out).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptrs[:, None] + offs_d[None, :], out, mask=mask_n[:, None] & mask_d[None, :])
+    y = rows.finish(y, bias_dec_ptr, OUTPUT_ACTIVATION, D, EVEN_D, BLOCK_D)
+    rows.store(y_ptr + (tl.cast(part, tl.int64) * N + n0) * D, y, N - n0, D, EVEN_D, BLOCK_N, BLOCK_D)
     if l1_ptr is not None:
         tl.store(l1_ptr + tl.cast(part, tl.int64) * N + offs_n, l1, mask=mask_n)
         tl.store(l0_ptr + tl.cast(part, tl.int64) * N + offs_n, l0, mask=mask_n)

@@ -43,15 +43,15 @@ def input_grad_kernel(
     D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
     stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
     part = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) * BLOCK_N
     offs_h = tl.arange(0, BLOCK_H)
-    mask_n = offs_n < N
-    row = offs_n.to(tl.int64)
+    row = rows.numbers(n0, N, BLOCK_N)
+    every_row = tl.full([BLOCK_N], True, tl.int1)
 
-    x = rows.load(x_ptr + row * stride_x, mask_n, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    grad_pre = rows.load(grad_pre_ptr + row * stride_grad_pre, mask_n, D, EVEN_D, BLOCK_D)
+    x = rows.load(x_ptr + row * stride_x, every_row, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    grad_pre = rows.load(grad_pre_ptr + row * stride_grad_pre, every_row, D, EVEN_D, BLOCK_D)
     if grad_l1_ptr is not None:
-        grad_l1 = tl.load(grad_l1_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        grad_l1 = tl.load(grad_l1_ptr + row)[:, None]
     grad_x = rows.zeros(BLOCK_N, BLOCK_D)
 
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
@@ -74,8 +74,8 @@ def input_grad_kernel(
         grad_a = tl.where(mask_h[None, :], grad_a, 0.0)
         grad_x = rows.dot_add(grad_a.to(w_ptr.dtype.element_ty), w, grad_x, PRECISION)  # [BLOCK_N, BLOCK_D]
 
-    grad_x_ptrs = grad_x_ptr + (tl.cast(part, tl.int64) * N + row) * D
-    rows.store(grad_x_ptrs, grad_x, mask_n, D, EVEN_D, BLOCK_D)
+    grad_x_part = grad_x_ptr + (tl.cast(part, tl.int64) * N + n0) * D
+    rows.store(grad_x_part, grad_x, N - n0, D, EVEN_D, BLOCK_N, BLOCK_D)
 
 
 def input_grad(

@@ -30,6 +30,12 @@ def columns(i: tl.constexpr, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def numbers(first, R, BLOCK_R: tl.constexpr):
+    """BLOCK_R row numbers from `first` on, 64 bits; beyond the last row of R the last one again, which can be read."""
+    return tl.minimum(first + tl.arange(0, BLOCK_R), R - 1).to(tl.int64)
+
+
+@triton.jit
 def load(ptrs, mask, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows that begin at `ptrs` [R], zeros where `mask` [R] or the column says there is nothing."""
     tiles = ()
@@ -59,12 +65,18 @@ def load_described(descriptors, row, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store(ptrs, tiles, mask, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write rows to where they begin, `ptrs` [R], in the dtype that is there."""
+def store(ptr, tiles, count, D, EVEN_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the first `count` of BLOCK_R rows to `ptr`, one after the other, in the dtype that is there.
+
+    Addressed from `ptr` on in 32 bits, and bounded by `count`, so that nothing of it is made before a loop, and shared
+    with the loads there: a thread would keep 64-bit row numbers and the mask, 32 to 64 registers, all through the loop.
+    """
+    row = tl.arange(0, BLOCK_R)
+    offs = tl.minimum(row, count - 1) * D
     for i in tl.static_range(len(BLOCK_D)):
         offs_d, mask_d = columns(i, D, EVEN_D, BLOCK_D)
-        tile = tiles[i].to(ptrs.dtype.element_ty)
-        tl.store(ptrs[:, None] + offs_d[None, :], tile, mask=mask[:, None] & mask_d[None, :])
+        tile = tiles[i].to(ptr.dtype.element_ty)
+        tl.store(ptr + offs[:, None] + offs_d[None, :], tile, mask=(row < count)[:, None] & mask_d[None, :])
 
 
 @triton.jit
@@ -91,4 +103,17 @@ def dot_add(left, right, total, PRECISION: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(right)):
         tiles = tiles + (tl.dot(left, right[i], total[i], input_precision=PRECISION),)
+    return tiles
+
+
+@triton.jit
+def finish(sums, bias_ptr, ACTIVATION: tl.constexpr, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The activation of rows of `sums` plus the bias [D], or None."""
+    tiles = ()
+    for i in tl.static_range(len(BLOCK_D)):
+        tile = sums[i]
+        if bias_ptr is not None:
+            offs_d, mask_d = columns(i, D, EVEN_D, BLOCK_D)
+            tile += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        tiles = tiles + (ACTIVATION(tile),)
     return tiles

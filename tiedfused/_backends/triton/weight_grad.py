@@ -58,7 +58,6 @@ def weight_grad_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_h = h0 + tl.arange(0, BLOCK_H)
     mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H
-    latents = offs_h.to(tl.int64)
 
     if WARP_SPECIALIZE:  # one warp group copies tiles of x and ō through TMA while two others multiply
         w_tiles = rows.describe(w_ptr, H, D, stride_w, BLOCK_H, BLOCK_D)
@@ -68,7 +67,8 @@ def weight_grad_kernel(
         if bias_enc_ptr is not None:
             bias_enc = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,)).load([h0]).to(tl.float32)
     else:
-        w = rows.load(w_ptr + latents * stride_w, mask_h, D, EVEN_D, BLOCK_D)
+        w_ptrs = w_ptr + rows.numbers(h0, H, BLOCK_H) * stride_w
+        w = rows.load(w_ptrs, tl.full([BLOCK_H], True, tl.int1), D, EVEN_D, BLOCK_D)
         if bias_enc_ptr is not None:
             bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     if grad_total_ptr is not None:
@@ -116,15 +116,17 @@ def weight_grad_kernel(
             grad_w = rows.dot_add(grad_a_h, x_grad_pre, grad_w, PRECISION)  # [BLOCK_H, BLOCK_D]
         if grad_x_ptr is not None:
             grad_a_t = grad_a.to(w_ptr.dtype.element_ty).T
-            grad_x_ptrs = grad_x_ptr + (n0 + offs_n).to(tl.int64) * D
+            grad_x_tile = grad_x_ptr + tl.cast(n0, tl.int64) * D
+            # the bound changes with n0: offsets that do not would be kept in registers through the loop, and spill
+            offs_row = tl.minimum(offs_n, N - 1 - n0)[:, None] * D
             for i in tl.static_range(len(BLOCK_D)):
                 offs_d, mask_d = rows.columns(i, D, EVEN_D, BLOCK_D)
                 grad_x = tl.dot(grad_a_t, w[i], input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
                 mask_nd = mask_n[:, None] & mask_d[None, :]
-                tl.atomic_add(grad_x_ptrs[:, None] + offs_d[None, :], grad_x, mask=mask_nd, sem="relaxed")
+                tl.atomic_add(grad_x_tile + offs_row + offs_d[None, :], grad_x, mask=mask_nd, sem="relaxed")
 
-    part_latents = tl.cast(part, tl.int64) * H + latents
-    rows.store(grad_w_ptr + part_latents * D, grad_w, mask_h, D, EVEN_D, BLOCK_D)
+    grad_w_part = grad_w_ptr + (tl.cast(part, tl.int64) * H + h0) * D
+    rows.store(grad_w_part, grad_w, H - h0, D, EVEN_D, BLOCK_H, BLOCK_D)
     tl.store(grad_bias_enc_ptr + tl.cast(part, tl.int64) * H + offs_h, grad_bias_enc, mask=mask_h)
 
 
