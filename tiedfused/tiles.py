@@ -481,7 +481,7 @@ def _shrunk(kernel: str, tile: AnyTile) -> AnyTile | None:
     return None if size == _MIN_BLOCK else dataclasses.replace(tile, **{larger: size // 2})
 
 
-def _guesses(kernel: str, width: int) -> Iterator[AnyTile]:
+def _guesses(kernel: str, size: int, dtype: str, capability: int) -> Iterator[AnyTile]:
     """Tiles to try, best first."""
     if kernel in FEW_ROWS_KERNELS:
         # bound by memory: as much of W as possible on its way
@@ -493,7 +493,9 @@ def _guesses(kernel: str, width: int) -> Iterator[AnyTile]:
     if _TILES[kernel] is GemmTile:
         tile = GemmTile(128, 64, 32, 8, 3)
     elif _TILES[kernel] is LatentTile:
-        tile = LatentTile(64, width, 64, 8, 3)
+        tile = LatentTile(64, sum(padded(kernel, size)), 64, 8, 3)
+    if not (_CONFIGS / f"sm{capability}.json").is_file():  # these multiply with the instruction of 8.0
+        tile = next((_TILES[kernel](*entry) for entry, _ in _entries(kernel, size, dtype, 80, "")), tile)
     while tile is not None:
         yield tile
         tile = _shrunk(kernel, tile)
@@ -512,8 +514,8 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
     Returns:
         The tile, and where it comes from, the first of: a user's config in `Settings.config_dir`, the packaged config
         of the present GPU by its name, the packaged config of the architecture; where none has the width, an entry for
-        wider rows, then named, in the same order; a heuristic that starts from a large tile and shrinks it until it
-        fits. A file is read once in a process.
+        wider rows, then named, in the same order; a heuristic that starts from a large tile, for an architecture
+        without a packaged config from the tile of 8.0, and shrinks it until it fits. A file is read once in a process.
 
     Raises:
         ValueError: the dtype is another one, or no tile fits the architecture.
@@ -539,7 +541,7 @@ def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) 
             )
 
     refusal: ValueError | None = None
-    for tile in _guesses(kernel, sum(widths)):
+    for tile in _guesses(kernel, size, dtype, capability):
         try:
             check_tile(kernel, tile, widths, itemsize, capability)
             return tile, "heuristic"
