@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections import Counter
@@ -14,7 +15,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run without it", allow_module_level=True)
 
-from aot import DTYPES, Compiled, compile_kernel, key, shared_copies
+import triton
+from aot import ACTIVATED, DTYPES, Compiled, compile_kernel, compile_packaged, key, shared_copies
 
 from tiedfused.activations import activation_names
 from tiedfused.tiles import (
@@ -22,8 +24,10 @@ from tiedfused.tiles import (
     BOTTLENECK_KERNELS,
     CHUNK_KERNELS,
     FEW_ROWS_KERNELS,
+    KERNELS,
     STREAM_KERNELS,
     AnyTile,
+    GemmTile,
     LatentTile,
     Packaged,
     Tile,
@@ -38,6 +42,8 @@ pytestmark = pytest.mark.aot
 
 PACKAGED = (80, 90, 100)
 WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512)
+# the most that a packaged tile may spill, in bytes a thread, and the most instructions of its loops that move them
+SPILLED_BYTES, LOOP_SPILLS = 96, 10
 SMALL = Tile(block_n=32, block_h=64, num_warps=4, num_stages=2)
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
@@ -74,6 +80,7 @@ def test_packaged_tile(entry: Packaged) -> None:
         modelled = resources(kernel, tile, block_d(width), itemsize, capability)
         assert modelled.shared_bytes <= 1.35 * compiled.shared_bytes
         assert_one_copy_of_weight(compiled, kernel, tile, width)
+    assert_page_says(entry, compiled)
     if is_headline(kernel, itemsize, width):
         assert compiled.stack_bytes == 0
         if capability == 90:
@@ -81,15 +88,49 @@ def test_packaged_tile(entry: Packaged) -> None:
             assert compiled.mma == 0
 
 
-def test_page_lists_every_packaged_tile() -> None:
-    """Whoever changes a config or adds a kernel regenerates the page."""
+@functools.cache
+def page() -> dict[tuple[str, str], list[str]]:
+    """(capability, `key` of a tile) → the other cells of its row, in the order of the page."""
     sections = re.split(r"^## Compute capability ([\d.]+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    listed = [
-        (capability, " | ".join(row.split(" | ")[:7]).removeprefix("| "))
+    rows = [
+        (capability, row.strip("| ").split(" | "))
         for capability, table in zip(sections[::2], sections[1::2], strict=True)
         for row in table.strip().splitlines()[2:]
     ]
-    assert listed == [(str(e.capability / 10), key(e)) for e in sorted(packaged(), key=lambda e: e.capability)]
+    return {(capability, " | ".join(cells[:7])): cells[7:] for capability, cells in rows}
+
+
+def assert_page_says(entry: Packaged, compiled: Compiled) -> None:
+    """Of the Triton that made it: another one's registers differ."""
+    if f"Triton {triton.__version__}," in PAGE.read_text():
+        registers, spilled, _, shared, *instructions = page()[str(entry.capability / 10), key(entry)]
+        assert (int(registers), shared) == (compiled.registers, f"{compiled.shared_bytes / 1024:.0f}")
+        assert list(map(int, instructions)) == [compiled.wgmma, compiled.tcgen05, compiled.mma, compiled.tma]
+        assert int(spilled.split()[0]) >= compiled.stack_bytes
+
+
+def test_page_lists_every_packaged_tile() -> None:
+    """Whoever changes a config or adds a kernel regenerates the page."""
+    assert list(page()) == [(str(e.capability / 10), key(e)) for e in sorted(packaged(), key=lambda e: e.capability)]
+
+
+def test_no_packaged_tile_spills() -> None:
+    """With any f, as the page has it."""
+    for tile, (_, spilled, in_loops, *_) in page().items():
+        assert int(spilled.split()[0]) <= SPILLED_BYTES, tile
+        assert int(in_loops) <= LOOP_SPILLS, tile
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [e for e in packaged() if e.itemsize == 2 and e.kernel in ACTIVATED],
+    ids=lambda e: f"{e.kernel}-{e.capability}-{e.width}",
+)
+def test_packaged_tile_with_gelu(entry: Packaged) -> None:
+    """Of all activations the one that takes the most registers."""
+    compiled = compile_packaged(entry, "gelu")
+    assert compiled.loop_spills <= LOOP_SPILLS
+    assert compiled.stack_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.parametrize("kernel", CHUNK_KERNELS)
@@ -283,6 +324,33 @@ def test_ieee(kernel: str, capability: int) -> None:
     assert_fits(compiled, kernel, tile, 128, 4, capability)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("rows", "d", "latents"), [(1, 17, 33), (33, 1, 33), (33, 17, 1), (1, 1, 1)], ids=["N", "d", "H", "all"]
+)
+def test_sizes_of_one(kernel: str, rows: int, d: int, latents: int) -> None:
+    """Triton compiles an argument that is 1, a row stride of d = 1 too, into the kernel as a constant."""
+    tile: AnyTile = Tile(16, 16, 4, 2)
+    if kernel.startswith("bottleneck_") and not kernel.endswith(("decode", "weight_grad")):
+        tile = LatentTile(16, 64, 16, 4, 2)
+    elif kernel in CHUNK_KERNELS + BOTTLENECK_KERNELS:
+        tile = GemmTile(16, 16, 16, 4, 2)
+    one = (rows, d, latents) == (1, 1, 1)
+    compile_kernel(
+        "forward" if kernel in FEW_ROWS_KERNELS else kernel,
+        tile,
+        d,
+        torch.float16,
+        90,
+        rows=rows,
+        latents=latents,
+        split=1 if one or kernel == "bottleneck_forward" else 3,
+        bias=one,
+        stats=one and kernel not in BOTTLENECK_KERNELS,
+        output_activation="sigmoid",
+    )
+
+
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
 def test_fp16(kernel: str) -> None:
     tile, _ = lookup(kernel, 128, "float16", 90)
@@ -293,12 +361,16 @@ def test_fp16(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
-@pytest.mark.parametrize(("capability", "dtype"), [(86, torch.bfloat16), (89, torch.float32), (120, torch.bfloat16)])
-def test_heuristic_tile(kernel: str, capability: int, dtype: torch.dtype) -> None:
-    tile, source = lookup(kernel, 256, str(dtype).removeprefix("torch."), capability)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "d"),
+    [(86, torch.bfloat16, 256), (89, torch.float32, 256), (120, torch.bfloat16, 256), (120, torch.float32, 136)],
+)
+def test_heuristic_tile(kernel: str, capability: int, dtype: torch.dtype, d: int) -> None:
+    tile, source = lookup(kernel, d, str(dtype).removeprefix("torch."), capability)
     assert source == "heuristic"
-    (compiled,) = compile_kernel(kernel, tile, 256, dtype, capability)
-    assert_fits(compiled, kernel, tile, 256, dtype.itemsize, capability)
+    (compiled,) = compile_kernel(kernel, tile, d, dtype, capability)
+    assert_fits(compiled, kernel, tile, d, dtype.itemsize, capability)
+    assert compiled.stack_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.parametrize("kernel", STREAM_KERNELS)
