@@ -200,6 +200,18 @@ def test_rows_of_a_multiple_of_8_are_copied_asynchronously(kernel: str) -> None:
     assert compiled.stack_bytes == 0
 
 
+@pytest.mark.parametrize("kernel", ["chunk_decode", "chunk_weight_grad"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_latent_of_a_multiple_of_8_is_copied_asynchronously(kernel: str, capability: int) -> None:
+    tile, _ = lookup(kernel, 768, "bfloat16", capability)
+    copies = []
+    for latents in (1024, 1000):
+        (compiled,) = compile_kernel(kernel, tile, 768, torch.bfloat16, capability, latents=latents)
+        copies.append(compiled.ttgir.count("async_copy_global_to_local"))
+        assert compiled.stack_bytes == 0
+    assert copies[1] == copies[0] > 0
+
+
 @pytest.mark.parametrize("kernel", ["forward", "input_grad", "weight_grad"])
 @pytest.mark.parametrize("capability", PACKAGED)
 def test_rows_of_a_multiple_of_8_are_loaded_as_those_that_fill_their_tile(kernel: str, capability: int) -> None:

@@ -31,12 +31,14 @@ def chunk_decode_kernel(
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LATENT_ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
+    H, stride_latent = aligned(H, LATENT_ALIGNMENT), aligned(stride_latent, LATENT_ALIGNMENT)
     part = tl.program_id(1)
     block_n, block_d = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D), GROUP)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,6 +117,7 @@ def chunk_decode(
         PRECISION=precision,
         EVEN_H=H % tile.block_k == 0,
         ALIGNMENT=alignment(weight),
+        LATENT_ALIGNMENT=alignment(latent),
         BLOCK_N=tile.block_m,
         BLOCK_D=tile.block_n,
         BLOCK_H=tile.block_k,

@@ -46,6 +46,7 @@ def chunk_latent_kernel(
     KEPT: tl.constexpr,
     EVEN_D: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LATENT_ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,6 +54,8 @@ def chunk_latent_kernel(
 ):
     D, stride_w = aligned(D, ALIGNMENT), aligned(stride_w, ALIGNMENT)
     stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
+    H, stride_h = aligned(H, LATENT_ALIGNMENT), aligned(stride_h, LATENT_ALIGNMENT)
+    stride_grad_a = aligned(stride_grad_a, LATENT_ALIGNMENT)
     block_n, block_h = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -170,6 +173,7 @@ def chunk_latent(
         KEPT=kept,
         EVEN_D=D % tile.block_k == 0,
         ALIGNMENT=alignment(x, grad_pre, weight),
+        LATENT_ALIGNMENT=alignment(h, grad_a),
         BLOCK_N=tile.block_m,
         BLOCK_H=tile.block_n,
         BLOCK_D=tile.block_k,

@@ -32,6 +32,7 @@ def chunk_weight_grad_kernel(
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LATENT_ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,6 +40,8 @@ def chunk_weight_grad_kernel(
 ):
     D = aligned(D, ALIGNMENT)
     stride_x, stride_grad_pre = aligned(stride_x, ALIGNMENT), aligned(stride_grad_pre, ALIGNMENT)
+    H, stride_h = aligned(H, LATENT_ALIGNMENT), aligned(stride_h, LATENT_ALIGNMENT)
+    stride_grad_a = aligned(stride_grad_a, LATENT_ALIGNMENT)
     part = tl.program_id(1)
     block_h, block_d = block_of(tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.cdiv(D, BLOCK_D), GROUP)
     offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -120,6 +123,7 @@ def chunk_weight_grad(
         PRECISION=precision,
         EVEN_N=N % tile.block_k == 0,
         ALIGNMENT=alignment(x, grad_pre),
+        LATENT_ALIGNMENT=alignment(grad_a, h),
         BLOCK_H=tile.block_m,
         BLOCK_D=tile.block_n,
         BLOCK_N=tile.block_k,
