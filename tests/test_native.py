@@ -201,7 +201,7 @@ def test_sparse_weight_is_an_error() -> None:
 @native
 def test_gradient_is_an_error() -> None:
     y = few_rows(X.clone().requires_grad_(), W, None, None)
-    with pytest.raises(RuntimeError, match="few_rows: the native op has no backward"):
+    with pytest.raises(RuntimeError, match="the native ops have no backward"):
         y.sum().backward()
 
 
@@ -331,6 +331,17 @@ def test_statistics_of_the_layer(threads: int) -> None:
         assert stats.l0[0, 1] == 70  # a NaN counts as active
     finally:
         torch.set_num_threads(before)
+
+
+@native
+@pytest.mark.parametrize("n, d, columns", [(1, 1, 96), (4, 64, 96), (16, 100, 160), (3, 2304, 2336)])
+def test_plan_counts_the_workspace(n: int, d: int, columns: int) -> None:
+    """A copy of x, a row of zeros and each thread's part of y, in rows of a multiple of 64 columns and half of that."""
+    with settings.override(regime="native"):
+        plain, stats = (tiedfused.plan(n, d, 30000, device="cpu", grad=False, stats=wanted) for wanted in (False, True))
+    (one,) = plain.passes
+    assert one.workspace_bytes == 4 * columns * (1 + n + one.split * n)
+    assert stats.passes[0].workspace_bytes == one.workspace_bytes + 12 * n * one.split
 
 
 @native

@@ -68,7 +68,7 @@ def _fake_stats(x, weight, *others):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError("few_rows: the native op has no backward; tied_encode_decode has one")
+    raise RuntimeError("few_rows, few_rows_stats: the native ops have no backward; tied_encode_decode has one")
 
 
 if EXTENSION.why_not is None:

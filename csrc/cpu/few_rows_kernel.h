@@ -8,11 +8,8 @@
 //   kColumnVectors  Vectors across one decode tile, kTile = kColumnVectors × lanes columns wide
 //   kEncodeX × kEncodeW, kDecodeX × kColumnVectors
 //                   accumulators of the two inner loops, for so many rows of x; they have to fit the registers
-//   kPacks          whether 16-bit columns are converted once for all decode tiles, and kept, or by each anew: ms at d
-//   768,
-//                   H 8192, N 64, kept and anew: bf16 with four floats a register 26 and 33, with eight 9.9 and 12;
-//                   fp16 with 16, whose decode tiles have twice the rows, at d 2304, H 4096, N 8 and 64 1.06 and
-//                   0.80, 6.6, 6.6
+//   kPacks          whether 16-bit columns are converted once for all decode tiles and kept, not by each anew; ms of
+//                   both: 26 and 33 of bf16 at N 64 with four lanes, 1.06 and 0.80 of fp16 at N 8 with sixteen
 //
 //   load(T*), load(Copy*), multiply_add(Operand, Operand, Vector), load_sum(float*), store_sum(float*, Vector)
 //   sums<kCount>(vectors, out)    the sum over the lanes of each Vector
@@ -188,12 +185,14 @@ inline void decode_tile(const typename O::Copy* latents, const ColumnsOf& column
   }
 }
 
-// Adds one row of x's latents h[0…count), zeros up to kBlock, to the row's statistics and to the latents' own.
+// Adds one row of x's latents h[0…count), zeros up to kRows, to the row's statistics and to the latents' own.
+template <int kRows>  // a bound that is known: at N 64, d 64 one that is not took half as long again
 inline void add_stats(const float* h, int count, float& l1, int64_t& l0, float* total, int64_t* fired) {
   constexpr int kSums = 8;  // side by side, for the compiler to put them in registers
   float sums[kSums] = {};
   int active[kSums] = {};
-  for (int j = 0; j < kBlock; j += kSums) {
+  static_assert(kRows % kSums == 0);
+  for (int j = 0; j < kRows; j += kSums) {
     for (int s = 0; s < kSums; ++s) {
       sums[s] += h[j + s] < 0.0f ? -h[j + s] : h[j + s];
       active[s] += h[j + s] != 0.0f;
@@ -234,10 +233,11 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   const int64_t panels = up(whole * sizeof(Copy) * encode_x, kPanelBytes);
   const int64_t panel = panels ? up(whole / kColumns, panels) * kColumns : kColumns;
   const bool often = kFewestOfOften <= p.n && p.n <= kMostOfOften;
+  int64_t encode_tiles = 0;
+  in_tiles<O::kEncodeX>(p.n, [&]<int kX>(int64_t) { encode_tiles += up(block, kEncodeW<O, kX>); });
   const int64_t encode_steps = often ? padded / O::kStep : 0;
   const int64_t decode_steps = often ? up(block, O::kPair) : 1;
-  const int64_t steps = encode_steps * up(p.n, O::kEncodeX) * (block / O::kEncodeW) +
-                        decode_steps * up(p.n, O::kDecodeX) * (padded / kTile);
+  const int64_t steps = encode_steps * encode_tiles + decode_steps * up(p.n, O::kDecodeX) * (padded / kTile);
 
   const T* rows[kStride];
   const T* tail_rows[kStride];  // the last, incomplete columns, zero-padded to kColumns
@@ -257,7 +257,7 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   }
   for (int64_t row = begin; row < end; row += block) {
     const int count = static_cast<int>(end - row < block ? end - row : block);
-    for (int j = 0; j < kStride; ++j) {
+    for (int j = 0; j < count + 2 * O::kEncodeW; ++j) {  // beyond the block: for the last tile of the encode product
       rows[j] = j < count ? weight + (row + j) * p.weight_stride : static_cast<const T*>(zero_row);
       if (rest) std::memcpy(tails + j * kColumns, rows[j] + whole, rest * sizeof(T));
     }
@@ -288,8 +288,9 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
       for (int j = 0; j < count; ++j) latents[i * kStride + j] = O::latent(a[j]);
       for (int j = count; j < kStride; ++j) latents[i * kStride + j] = Copy{};
       if (stats.wanted()) {
-        for (int j = 0; j < kBlock; ++j) a[j] = widen(latents[i * kStride + j]);
-        add_stats(a, count, l1[i], l0[i], stats.total + row, stats.fired + row);
+        for (int j = 0; j < kStride; ++j) a[j] = widen(latents[i * kStride + j]);
+        const auto add = p.n <= kRowsOfSmallBlock ? add_stats<kSmallBlock<T>> : add_stats<kBlock>;
+        add(a, count, l1[i], l0[i], stats.total + row, stats.fired + row);
       }
     }
 

@@ -403,6 +403,16 @@ def test_masked_latents_do_not_leak_nan_into_grad_x() -> None:
     assert (results["grad_x_atomic"] == float("inf")).all()
 
 
+def test_masked_latents_do_not_repeat_an_infinite_one() -> None:
+    """Latents beyond the last one are zeros, and zero times a copy of its infinite atom is NaN."""
+    case = make_case(1, 1, 17, torch.float32, activation="identity", bias_dec=False)
+    case.x, case.grad_pre, case.weight = torch.ones(1, 1), torch.ones(1, 1), torch.ones(17, 1)
+    case.weight[-1] = float("inf")
+    results = launch(case)
+    assert (results["grad_x"] == float("inf")).all()
+    assert (results["grad_x_atomic"] == float("inf")).all()
+
+
 def test_masked_rows_do_not_leak_nan() -> None:
     """An infinite bias meets the zero rows beyond the last one: f there is inf, and inf times 0 is NaN."""
     case = make_case(3, 16, 8, torch.float32, activation="relu")

@@ -19,9 +19,9 @@ from tiedfused.tiles import ARCHITECTURES
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 EFFICIENCY = 0.8
-# Where tiled, which then has nothing to add up, can be faster: ms of native and tiled on 2 threads of an EPYC (Zen 5)
-# at (64, 768, 768) 0.47 and 0.44 in fp32, 0.26 and 0.30 in bf16; with 32 rows of (1024, 1024) 0.41 and 0.57, 0.26 and
-# 0.35, and at (64, 256, 256) 0.082 and 0.097, 0.060 and 0.074.
+# Where tiled, which then has nothing to add up, can be faster in fp32: ms of native and tiled on 2 threads of an EPYC
+# (Zen 5) at (64, 768, 768) 0.47 and 0.44, but in bf16 0.26 and 0.30; with 32 rows of (1024, 1024) 0.41 and 0.57, and at
+# (64, 256, 256) 0.082 and 0.097.
 MAX_ROWS_OF_ONE_TILE = 32
 ONE_TILE_MIN_D = 512
 # Four floats a register: at (N, 768, 24576) in fp32 3.2, 8.0, 8.9, 15 and 29 ms for N 1, 4, 8, 16 and 32 there; eager
@@ -87,7 +87,8 @@ def _slower(r: Request) -> str | None:
     # for 16, tiled 25 and 31; in bf16 6.0 and 20, tiled 16 and 18.
     if r.n * r.d * (r.itemsize + 4) > r.device.l2_bytes // r.threads:
         return f"{r.n} rows of {r.d} and their sums do not fit a core's L2 cache beside W"
-    if r.n > MAX_ROWS_OF_ONE_TILE and r.d > ONE_TILE_MIN_D and r.h <= CPU_TILE_H:
+    one_tile = r.n > MAX_ROWS_OF_ONE_TILE and r.d > ONE_TILE_MIN_D and r.h <= CPU_TILE_H
+    if one_tile and r.dtype == torch.float32:
         return f"the latent of H {r.h} is one tile: plain products do with nothing to add up"
     return None
 
@@ -106,7 +107,12 @@ def forward(r: Request, keep: bool) -> Part | str:
     parts = r.threads if on_cpu else r.multiprocessors
     stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
     sums = parts * r.n * (r.d * 4 + ((12 if on_cpu else 8) if r.stats else 0))
-    workspace = sums + (r.n + 1) * r.d * 4 if on_cpu else sums
+    workspace = sums
+    if (
+        on_cpu
+    ):  # with a copy of x and a row of zeros, and every row as far from the next as `row_stride` in csrc/cpu says
+        row = 4 * (-(-r.d // 64) * 64 + 32)
+        workspace += (r.n + 1) * row + parts * r.n * (row - 4 * r.d)
     flops = 4 * r.ndh
     predicted = kernel_ms(r, flops=flops, efficiency=EFFICIENCY, memory_bytes=2 * x + w + stats)
     tile = NativeTile(EXTENSION.cpu if on_cpu else "cuda")

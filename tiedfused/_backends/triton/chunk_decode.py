@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.rows import numbers
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import GemmTile
 
@@ -47,7 +48,7 @@ def chunk_decode_kernel(
     mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
     mask_d = (offs_d < D)[None, :]
     # rows outside are read as the last one, and never written: no mask for them in the loop
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)[:, None]
+    rows = numbers(block_n * BLOCK_N, N, BLOCK_N)[:, None]
 
     part_offset = tl.cast(part, tl.int64) * stride_part
     if sum_ptr is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.rows import numbers
 from tiedfused._backends.triton.stats import add_penalties, store_stats
 from tiedfused.activations import Activation
 from tiedfused.reference import LatentStats
@@ -63,8 +64,8 @@ def chunk_latent_kernel(
     mask_n = offs_n < N
     mask_h = offs_h < H
     # rows outside are read as the last one, and never written: no mask for them in the loop
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)[:, None]
-    latents = tl.minimum(offs_h, H - 1).to(tl.int64)[:, None]
+    rows = numbers(block_n * BLOCK_N, N, BLOCK_N)[:, None]
+    latents = numbers(block_h * BLOCK_H, H, BLOCK_H)[:, None]
 
     a = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     grad_h = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)

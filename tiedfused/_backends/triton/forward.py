@@ -61,7 +61,7 @@ def forward_kernel(
             bias_enc_tiles = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,))
     else:
         x_ptrs = x_ptr + rows.numbers(n0, N, BLOCK_N) * stride_x
-        x = rows.load(x_ptrs, tl.full([BLOCK_N], True, tl.int1), D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        x = rows.load(x_ptrs, None, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     y = rows.zeros(BLOCK_N, BLOCK_D)
     if l1_ptr is not None:
         l1 = tl.zeros([BLOCK_N], tl.float32)

@@ -46,10 +46,9 @@ def input_grad_kernel(
     n0 = tl.program_id(0) * BLOCK_N
     offs_h = tl.arange(0, BLOCK_H)
     row = rows.numbers(n0, N, BLOCK_N)
-    every_row = tl.full([BLOCK_N], True, tl.int1)
 
-    x = rows.load(x_ptr + row * stride_x, every_row, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    grad_pre = rows.load(grad_pre_ptr + row * stride_grad_pre, every_row, D, EVEN_D, BLOCK_D)
+    x = rows.load(x_ptr + row * stride_x, None, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    grad_pre = rows.load(grad_pre_ptr + row * stride_grad_pre, None, D, EVEN_D, BLOCK_D)
     if grad_l1_ptr is not None:
         grad_l1 = tl.load(grad_l1_ptr + row)[:, None]
     grad_x = rows.zeros(BLOCK_N, BLOCK_D)

@@ -37,11 +37,12 @@ def numbers(first, R, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load(ptrs, mask, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows that begin at `ptrs` [R], zeros where `mask` [R] or the column says there is nothing."""
+    """The rows that begin at `ptrs` [R], zeros where `mask` [R], if there is one, or the column says so."""
     tiles = ()
     for i in tl.static_range(len(BLOCK_D)):
         offs_d, mask_d = columns(i, D, EVEN_D, BLOCK_D)
-        tile = tl.load(ptrs[:, None] + offs_d[None, :], mask=mask[:, None] & mask_d[None, :], other=0.0)
+        mask_rd = mask_d[None, :] if mask is None else mask[:, None] & mask_d[None, :]
+        tile = tl.load(ptrs[:, None] + offs_d[None, :], mask=mask_rd, other=0.0)
         tiles = tiles + (tile,)
     return tiles
 

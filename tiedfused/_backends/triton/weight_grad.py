@@ -68,7 +68,9 @@ def weight_grad_kernel(
             bias_enc = make_descriptor(bias_enc_ptr, (H,), (1,), (BLOCK_H,)).load([h0]).to(tl.float32)
     else:
         w_ptrs = w_ptr + rows.numbers(h0, H, BLOCK_H) * stride_w
-        w = rows.load(w_ptrs, tl.full([BLOCK_H], True, tl.int1), D, EVEN_D, BLOCK_D)
+        # x̄ adds up products with W: copies of the last latent, were that infinite, would make NaNs of its zeros
+        mask_w = None if grad_x_ptr is None else mask_h
+        w = rows.load(w_ptrs, mask_w, D, EVEN_D, BLOCK_D)
         if bias_enc_ptr is not None:
             bias_enc = tl.load(bias_enc_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     if grad_total_ptr is not None:
