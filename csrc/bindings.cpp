@@ -29,7 +29,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
            const std::optional<Tensor>& bias_dec, const std::string& activation, const std::string& output_activation,
            const std::optional<std::string>& isa, LatentStats stats) {
   const cpu::Kernel* kernel = cpu::find_kernel(isa.has_value() ? isa->c_str() : nullptr);
-  check(kernel != nullptr, "isa: no kernel '", isa.value_or(""), "' runs on this CPU");
+  TIEDFUSED_CHECK(kernel != nullptr, "isa: no kernel '", isa.value_or(""), "' runs on this CPU");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   const cpu::Problem problem{
       cpu_dtype(x.scalar_type()),

@@ -27,8 +27,8 @@ using torch::stable::Tensor;
 void check_all(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_enc,
                const std::optional<Tensor>& bias_dec, const std::optional<std::string>& isa) {
   check_operands(x, weight, bias_enc, bias_dec);
-  check(x.scalar_type() != ScalarType::Float, "x: on CUDA expected bfloat16 or float16, got float32");
-  check(!isa.has_value(), "isa: on CUDA expected none, got '", isa.value_or(""), "'");
+  TIEDFUSED_CHECK(x.scalar_type() != ScalarType::Float, "x: on CUDA expected bfloat16 or float16, got float32");
+  TIEDFUSED_CHECK(!isa.has_value(), "isa: on CUDA expected none, got '", isa.value_or(""), "'");
 }
 
 Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_enc,
@@ -54,15 +54,15 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
       stats,
   };
   const char* refusal = tiedfused_few_rows_refuses(&problem);
-  check(refusal == nullptr, refusal, ", got x ", shape_of(x), ", weight ", shape_of(weight), " with a stride of ",
-        weight.stride(0));
+  TIEDFUSED_CHECK(refusal == nullptr, refusal, ", got x ", shape_of(x), ", weight ", shape_of(weight),
+                  " with a stride of ", weight.stride(0));
   const int blocks = tiedfused_few_rows_blocks(&problem);
   Tensor parts = torch::stable::new_empty(x, {blocks, cuda::part_floats(problem)}, ScalarType::Float);
   problem.parts = static_cast<float*>(parts.mutable_data_ptr());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const int error = tiedfused_few_rows(&problem, x.scalar_type() == ScalarType::BFloat16, blocks, stream);
-  check(error == 0, "few_rows on CUDA: ", tiedfused_cuda_error(error));
+  TIEDFUSED_CHECK(error == 0, "few_rows on CUDA: ", tiedfused_cuda_error(error));
   return y;
 }
 
