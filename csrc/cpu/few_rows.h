@@ -14,7 +14,7 @@
 namespace tiedfused::cpu {
 
 constexpr int64_t kMaxRows = 64;        // of x
-constexpr int64_t kColumns = 64;        // rows of x and of y's parts are padded to a multiple of this in the workspace
+constexpr int64_t kColumns = 64;        // x and y's parts are padded with zeros to a multiple of this
 constexpr std::size_t kAlignment = 64;  // bytes
 
 enum class Dtype { float32, bfloat16, float16 };

@@ -108,9 +108,7 @@ def forward(r: Request, keep: bool) -> Part | str:
     stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
     sums = parts * r.n * (r.d * 4 + ((12 if on_cpu else 8) if r.stats else 0))
     workspace = sums
-    if (
-        on_cpu
-    ):  # with a copy of x and a row of zeros, and every row as far from the next as `row_stride` in csrc/cpu says
+    if on_cpu:  # beside the sums a copy of x and a row of zeros; rows are `row_stride` of csrc/cpu/few_rows.h apart
         row = 4 * (-(-r.d // 64) * 64 + 32)
         workspace += (r.n + 1) * row + parts * r.n * (row - 4 * r.d)
     flops = 4 * r.ndh
