@@ -14,6 +14,7 @@ import pytest
 import torch
 from numerics import Problem, assert_close, problem
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tiedfused
@@ -21,6 +22,7 @@ from tiedfused import devices, extension, reference, settings
 from tiedfused.cli import app
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.functional import tied_encode_decode
+from tiedfused.op import forward_with_stats
 from tiedfused.regimes.native import CUDA_GROUP_BYTES, CUDA_SLOT_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -331,6 +333,29 @@ def test_statistics_of_the_layer(threads: int) -> None:
         assert stats.l0[0, 1] == 70  # a NaN counts as active
     finally:
         torch.set_num_threads(before)
+
+
+@native
+def test_statistics_are_what_the_op_made() -> None:
+    """Neither filled beforehand nor copied afterwards: both took as long as the op at small d."""
+    x, weight = torch.randn(2, 24), torch.randn(48, 24)
+    with settings.override(regime="native"):
+        plan = tiedfused.plan(2, 24, 48, grad=False, stats=True)
+    with Called() as called:
+        forward_with_stats(x, weight, None, None, plan)
+    assert called.names == ["tiedfused.few_rows_stats.default", "aten.div_.Tensor"]
+
+
+class Called(TorchDispatchMode):
+    """The names of the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @native

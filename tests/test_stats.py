@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import FLOOR, NAMES, Problem, assert_close, problem
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -277,7 +278,7 @@ def test_registered_op_differentiated_twice(reads: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("recompute", [True, False])
 def test_compile(recompute: bool, dynamic: bool) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer(recompute=recompute), fullgraph=True, dynamic=dynamic, backend=counter)
     for n in (5, 7, 11) if dynamic else (5,):
         for reads in (("y", "l1", "mean"), ("l1",)):

@@ -85,23 +85,11 @@ def kernel_layout(
     )
 
 
-def zero_stats(x: Tensor, weight: Tensor) -> LatentStats:
-    """The statistics of x ``[N, d]`` with weight ``[H, d]``, before anything is added to them."""
-    n, h, wide = x.shape[0], weight.shape[0], reference.stats_dtype(x.dtype)
-    return LatentStats(
-        l1=x.new_zeros(n, dtype=wide),
-        l0=x.new_zeros(n, dtype=torch.int64),
-        mean=x.new_zeros(h, dtype=wide),
-        fired=x.new_zeros(h, dtype=torch.int64),
-    )
-
-
 def forward_with_stats(
     x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None, LatentStats]:
     """The pre-output (in inference y), the latent if the plan keeps it, and its statistics."""
-    stats = zero_stats(x, weight)
-    z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan, stats)
+    z, latent, stats = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
     stats.mean.div_(x.shape[0])
     return z, latent, stats
 
@@ -135,7 +123,7 @@ class EncodeDecode(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias_enc: Tensor | None, bias_dec: Tensor | None, plan: Plan
     ) -> Tensor:
         """The pre-output z ``[N, d]``."""
-        z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
+        z, latent, _ = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, weight, bias_enc, latent)
         return z
@@ -224,7 +212,7 @@ def _op_forward(
 ) -> tuple[Tensor, Tensor]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
     plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
-    z, latent = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
+    z, latent, _ = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
     return z, _flat(latent, x)
 
 
@@ -292,7 +280,7 @@ def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent):  # ty
 
 @torch.library.register_fake("tiedfused::forward_stats", lib=_library)
 def _fake_forward_stats(x, weight, *arguments):  # type: ignore[no-untyped-def]
-    return *_fake_forward(x, weight, *arguments), *zero_stats(x, weight)
+    return *_fake_forward(x, weight, *arguments), *reference.zero_stats(x, weight)
 
 
 @torch.library.register_fake("tiedfused::backward", lib=_library)

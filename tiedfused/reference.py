@@ -68,6 +68,17 @@ def latent_stats(h: Tensor) -> LatentStats:
     )
 
 
+def zero_stats(x: Tensor, weight: Tensor) -> LatentStats:
+    """The statistics of x ``[N, d]`` with weight ``[H, d]``, before anything is added to them."""
+    n, h, wide = x.shape[0], weight.shape[0], stats_dtype(x.dtype)
+    return LatentStats(
+        l1=x.new_zeros(n, dtype=wide),
+        l0=x.new_zeros(n, dtype=torch.int64),
+        mean=x.new_zeros(h, dtype=wide),
+        fired=x.new_zeros(h, dtype=torch.int64),
+    )
+
+
 def pre_activation(x: Tensor, weight: Tensor, bias_enc: Tensor | None = None) -> Tensor:
     """a = x Wᵀ + b_enc. x ``[..., d]``, weight ``[H, d]``, bias_enc ``[H]`` → ``[..., H]``."""
     return F.linear(x, weight, bias_enc)

@@ -24,7 +24,7 @@ from tiedfused._backends.triton.forward import forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import activation_names, get_activation
-from tiedfused.op import zero_stats
+from tiedfused.reference import zero_stats
 from tiedfused.tiles import Tile, block_d
 
 pytestmark = pytest.mark.interpreter

@@ -1,13 +1,13 @@
 """The implementations behind the op, one a module, each with the same two functions.
 
-    forward(x, weight, bias_enc, bias_dec, plan, stats=None) -> (y, latent | None)
+    forward(x, weight, bias_enc, bias_dec, plan) -> (y, latent | None, LatentStats | None)
     backward(grad_z, x, weight, bias_enc, latent, plan, needs, grad_l1=None, grad_total=None)
         -> (x̄ | None, W̄ | None, b̄_enc | None)
 
 x and grad_z are [N, d] with N ≥ 1 and a last stride of 1, weight [H, d] likewise; `plan` has already been checked
-against what the backend can do. If `plan.stats`, forward also adds the latent's statistics to `stats`, which come as
-zeros, Σₙ h taking the place of its mean, and backward adds to h̄ what their gradients give, [N] and [H], contiguous, in
-fp32 at least, or None: ``grad_l1[n] · sign(h[n, j]) + grad_total[j]``.
+against what the backend can do. If `plan.stats`, forward also returns the latent's statistics, Σₙ h taking the
+place of its mean, and backward adds to h̄ what their gradients give, [N] and [H], contiguous, in fp32 at least, or None:
+``grad_l1[n] · sign(h[n, j]) + grad_total[j]``.
 """
 
 from __future__ import annotations

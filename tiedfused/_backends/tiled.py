@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
-from tiedfused.reference import LatentStats, stats_dtype
+from tiedfused.reference import LatentStats, stats_dtype, zero_stats
 from tiedfused.regimes.common import TorchTile
 
 
@@ -145,15 +145,13 @@ def _add(total: Tensor, part: Tensor, first: bool) -> None:
         total.add_(part)
 
 
-def _add_stats(h: Tensor, stats: LatentStats) -> None:
-    """Add one tile's part to the statistics of its rows and latents."""
-    h = h.to(stats.l1.dtype)
+def _stats(h: Tensor) -> LatentStats:
+    """The statistics of one tile, its sums in the place of means."""
+    h = h.to(stats_dtype(h.dtype))
     # as floating-point numbers, exact up to 2²⁴: comparing to a tile of booleans takes 5 times as long
     active = torch.ne(h, 0, out=torch.empty_like(h))
-    stats.l0.add_(active.sum(1).long())
-    stats.fired.add_(active.sum(0).long())
-    stats.mean.add_(h.sum(0))
-    stats.l1.add_(torch.abs(h, out=active).sum(1))
+    l0, fired = active.sum(1).long(), active.sum(0).long()
+    return LatentStats(torch.abs(h, out=active).sum(1), l0, h.sum(0), fired)
 
 
 def forward(
@@ -162,9 +160,8 @@ def forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     plan: Plan,
-    stats: LatentStats | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y ``[N, d]``, and the kept latent (N · H elements, tile by tile) if the plan keeps it.
+) -> tuple[Tensor, Tensor | None, LatentStats | None]:
+    """y ``[N, d]``, the kept latent (N · H elements, tile by tile) if the plan keeps it, its statistics if it has them.
 
     What is kept is h where f's gradient can be read off it, else the pre-activation.
     """
@@ -173,9 +170,8 @@ def forward(
     products = _PRODUCTS[tile.products]
     if n <= tile.block_n and h <= tile.block_h:
         latent, saved = _encode(products, x, weight, bias_enc, f)
-        if stats is not None:
-            _add_stats(latent, stats)
-        return products.linear(latent, weight.t(), bias_dec, g), saved if plan.save_latent else None
+        stats = _stats(latent) if plan.stats else None
+        return products.linear(latent, weight.t(), bias_dec, g), saved if plan.save_latent else None, stats
 
     _keep_freed_tiles()
     kept = x.new_empty(n * h) if plan.save_latent else None
@@ -183,6 +179,7 @@ def forward(
     weights = _rows(weight, tile.block_h)
     biases = _rows(bias_enc, tile.block_h) if bias_enc is not None else [None] * len(weights)
     y = x.new_empty(n, plan.d)
+    stats = zero_stats(x, weight) if plan.stats else None
     for i, (x_i, y_i) in enumerate(zip(_rows(x, tile.block_n), _rows(y, tile.block_n), strict=True)):
         sum_y = None if len(weights) == 1 else _sum_for(y_i)
         for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
@@ -196,7 +193,7 @@ def forward(
             del latent  # before the next tile is made
         if sum_y is not None:
             y_i.copy_(g.forward(sum_y))
-    return y, kept
+    return y, kept, stats
 
 
 def _tile_stats(stats: LatentStats, tile: TorchTile, i: int, j: int) -> LatentStats:
@@ -220,7 +217,8 @@ def _latent_tile(
     if block is not None:
         block.copy_(saved)
     if stats is not None:
-        _add_stats(h, stats)
+        for total, part in zip(stats, _stats(h), strict=True):
+            total.add_(part)
     return h
 
 

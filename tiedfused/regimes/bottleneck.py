@@ -40,8 +40,8 @@ from tiedfused.tiles import GemmTile, LatentTile
 MAX_H = 512
 # Of the peak; not measured, and of no weight where memory decides.
 EFFICIENCY = 0.5
-# Where the latent is in memory, PyTorch's own sums take the statistics, and add them to what is there.
-STATS_OF_LATENT_LAUNCHES = 9
+# Where the latent is in memory, PyTorch's own sums take the statistics.
+STATS_OF_LATENT_LAUNCHES = 5
 
 
 def why_not(r: Request, keep: bool) -> str | None:

@@ -27,11 +27,10 @@ def forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     plan: Plan,
-    stats: LatentStats | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y ``[N, d]``, and h ``[N, H]`` if the plan keeps it."""
+) -> tuple[Tensor, Tensor | None, LatentStats | None]:
+    """y ``[N, d]``, h ``[N, H]`` if the plan keeps it, and its statistics if the plan has them."""
     with _device_of(x):
-        return _REGIMES[plan.forward.regime].forward(x, weight, bias_enc, bias_dec, plan, stats)
+        return _REGIMES[plan.forward.regime].forward(x, weight, bias_enc, bias_dec, plan)
 
 
 def backward(

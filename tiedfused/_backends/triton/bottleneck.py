@@ -11,10 +11,10 @@ from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.chunked import options
 from tiedfused._backends.triton.combine import combine
-from tiedfused._backends.triton.stats import add_stats
+from tiedfused._backends.triton.stats import stats_of
 from tiedfused.activations import IDENTITY
 from tiedfused.planning import Plan
-from tiedfused.reference import LatentStats
+from tiedfused.reference import LatentStats, zero_stats
 
 
 def forward(
@@ -23,11 +23,11 @@ def forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     plan: Plan,
-    stats: LatentStats | None,
-) -> tuple[Tensor, None]:
-    """y ``[N, d]``; the latent is not kept."""
+) -> tuple[Tensor, None, LatentStats | None]:
+    """y ``[N, d]``, and the latent's statistics; the latent is not kept."""
     first, *rest = plan.forward.passes
     if not rest:
+        stats = zero_stats(x, weight) if plan.stats else None
         y = bottleneck_forward(
             x,
             weight,
@@ -38,12 +38,11 @@ def forward(
             stats=stats,
             **options(first, plan),
         )
-        return y, None
+        return y, None, stats
     h, _ = bottleneck_latent(
         x, None, weight, bias_enc, activation=plan.activation, split=first.split, **options(first, plan)
     )
-    if stats is not None:
-        add_stats(h, stats)
+    stats = stats_of(h) if plan.stats else None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (decode,) = rest
     chunk_decode(
@@ -56,7 +55,7 @@ def forward(
         split=decode.split,
         **options(decode, plan),
     )
-    return y, None
+    return y, None, stats
 
 
 def backward(

@@ -16,7 +16,7 @@ from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
-from tiedfused.reference import LatentStats
+from tiedfused.reference import LatentStats, zero_stats
 from tiedfused.regimes.common import Pass
 
 
@@ -60,15 +60,15 @@ def forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     plan: Plan,
-    stats: LatentStats | None,
-) -> tuple[Tensor, Tensor | None]:
-    """y ``[N, d]``, and h ``[N, H]`` if the plan keeps it."""
+) -> tuple[Tensor, Tensor | None, LatentStats | None]:
+    """y ``[N, d]``, h ``[N, H]`` if the plan keeps it, and its statistics."""
     part, (N, D), H = plan.forward, x.shape, weight.shape[0]
     assert part.chunk is not None
     encode, decode = part.passes
     y = torch.empty((N, D), dtype=x.dtype, device=x.device)
     kept = torch.empty((N, H), dtype=x.dtype, device=x.device) if plan.save_latent else None
     buffer = torch.empty(part.chunk if kept is None else (0, 0), dtype=x.dtype, device=x.device)
+    stats = zero_stats(x, weight) if plan.stats else None
     all_latents = _slices(H, part.chunk[1])
     for rows in _slices(N, part.chunk[0]):
         size = rows.stop - rows.start
@@ -100,7 +100,7 @@ def forward(
                 **options(decode, plan),
             )
         sum_y.finish(bias_dec, plan.output_activation)
-    return y, kept
+    return y, kept, stats
 
 
 def _partial_stats(n: int, h: int, tile: Any, device: torch.device) -> LatentStats:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.combine import combine_blocks, sum_parts
-from tiedfused.reference import LatentStats
+from tiedfused.reference import LatentStats, stats_dtype
 
 
 @triton.jit
@@ -92,10 +92,12 @@ def add_partial_stats(parts: LatentStats, stats: LatentStats, rows: slice, laten
         )
 
 
-def add_stats(h: Tensor, stats: LatentStats) -> None:
-    """Add those of a latent ``[N, H]`` that is in memory."""
-    active = h != 0
-    stats.l1.add_(torch.linalg.vector_norm(h, 1, 1, dtype=stats.l1.dtype))
-    stats.l0.add_(active.sum(1))
-    stats.mean.add_(h.sum(0, dtype=stats.mean.dtype))
-    stats.fired.add_(active.sum(0))
+def stats_of(h: Tensor) -> LatentStats:
+    """Those of a latent ``[N, H]`` that is in memory."""
+    active, wide = h != 0, stats_dtype(h.dtype)
+    return LatentStats(
+        l1=torch.linalg.vector_norm(h, 1, 1, dtype=wide),
+        l0=active.sum(1),
+        mean=h.sum(0, dtype=wide),
+        fired=active.sum(0),
+    )

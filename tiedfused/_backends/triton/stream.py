@@ -11,7 +11,7 @@ from tiedfused._backends.triton.forward import forward as _forward
 from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.planning import Plan
-from tiedfused.reference import LatentStats
+from tiedfused.reference import LatentStats, zero_stats
 from tiedfused.regimes.common import Pass
 
 
@@ -25,9 +25,9 @@ def forward(
     bias_enc: Tensor | None,
     bias_dec: Tensor | None,
     plan: Plan,
-    stats: LatentStats | None,
-) -> tuple[Tensor, None]:
-    """y ``[N, d]``; the latent is never kept."""
+) -> tuple[Tensor, None, LatentStats | None]:
+    """y ``[N, d]``, and the latent's statistics; the latent is never kept."""
+    stats = zero_stats(x, weight) if plan.stats else None
     y = _forward(
         x,
         weight,
@@ -38,7 +38,7 @@ def forward(
         rows_at_once=x.shape[0] if plan.forward.chunk is None else plan.forward.chunk[0],
         **_options(plan.forward.passes[0], plan),
     )
-    return y, None
+    return y, None, stats
 
 
 def backward(
