@@ -24,6 +24,11 @@ cpu::Dtype cpu_dtype(ScalarType type) {
                                         : cpu::Dtype::float16;
 }
 
+// Bytes, on the CPU; the plan asks for them too.
+int64_t few_rows_workspace(int64_t n, int64_t d, bool stats, int64_t parts) {
+  return static_cast<int64_t>(cpu::workspace_bytes(n, d, stats, parts));
+}
+
 // y [N, d] of x [N, d], N ≤ 64.
 Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_enc,
            const std::optional<Tensor>& bias_dec, const std::string& activation, const std::string& output_activation,
@@ -48,7 +53,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
       stats,
   };
   const int64_t parts = cpu::parts_for(problem, torch::stable::get_num_threads());
-  const auto bytes = static_cast<int64_t>(cpu::workspace_bytes(problem, parts));
+  const int64_t bytes = few_rows_workspace(problem.n, problem.d, stats.wanted(), parts);
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   cpu::few_rows(
       *kernel, problem, parts, workspace.mutable_data_ptr(), [](int64_t count, cpu::Body body, void* context) {
@@ -104,6 +109,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tiedfused, m) {
   m.def(
       "few_rows_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, "
       "str output_activation, str? isa=None) -> (Tensor y, Tensor l1, Tensor l0, Tensor total, Tensor fired)");
+  m.def("few_rows_workspace(int n, int d, bool stats, int parts) -> int");
   m.def("native_info() -> str");
 }
 
@@ -112,6 +118,9 @@ STABLE_TORCH_LIBRARY_IMPL(tiedfused, CPU, m) {
   m.impl("few_rows_stats", TORCH_BOX(&few_rows_stats));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tiedfused, CompositeExplicitAutograd, m) { m.impl("native_info", TORCH_BOX(&native_info)); }
+STABLE_TORCH_LIBRARY_IMPL(tiedfused, CompositeExplicitAutograd, m) {
+  m.impl("few_rows_workspace", TORCH_BOX(&few_rows_workspace));
+  m.impl("native_info", TORCH_BOX(&native_info));
+}
 
 }  // namespace tiedfused

@@ -385,6 +385,12 @@ def test_row_limit_is_the_same_on_both_sides() -> None:
         few_rows(torch.randn(MAX_ROWS + 1, 8), W, None, None)
 
 
+@native
+def test_shared_object_of_another_source_is_a_reason(monkeypatch) -> None:
+    monkeypatch.setattr(extension, "OPS", (*extension.OPS, "an_op_of_later"))
+    assert "an_op_of_later" in str(extension.load(Path(tiedfused.__file__).parent).why_not)
+
+
 def test_missing_or_broken_shared_object_is_a_reason(tmp_path: Path) -> None:
     assert str(extension.load(tmp_path).why_not).startswith("the native ops were not built: pip install")
     (tmp_path / extension.BUILD_NOTE).write_text("nothing built (no compiler)\n")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BUILD_NOTE = "_native_build.txt"  # setup.py writes it
+OPS = ("few_rows", "few_rows_stats", "few_rows_workspace", "native_info")
 MAX_ROWS = 64  # kMaxRows in csrc/cpu/few_rows.h
 
 
@@ -42,6 +43,8 @@ def load(folder: Path) -> Extension:
         return Extension(f"the native ops were not built: {why}", note=note)
     try:
         torch.ops.load_library(libraries[0])
+        for op in OPS:
+            getattr(torch.ops.tiedfused, op)
         info = dict(line.split(": ", 1) for line in torch.ops.tiedfused.native_info().splitlines())
         cuda = tuple(filter(None, info["cuda"].split(",")))
         return Extension(None, info["cpu"], cuda, tuple(info["activations"].split()), note)

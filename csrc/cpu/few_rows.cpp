@@ -20,15 +20,15 @@ struct Workspace {
   float* l1;
   std::size_t bytes;
 
-  Workspace(const Problem& p, int64_t parts_count, void* memory) {
-    const std::size_t row = sizeof(float) * row_stride(p.d);
+  Workspace(int64_t n, int64_t d, bool stats, int64_t parts_count, void* memory) {
+    const std::size_t row = sizeof(float) * row_stride(d);
     zeros = static_cast<char*>(memory);
     x = zeros + aligned(row);
-    parts = reinterpret_cast<float*>(x + p.n * row);
-    l0 = reinterpret_cast<int64_t*>(parts + parts_count * p.n * row_stride(p.d));
-    l1 = reinterpret_cast<float*>(l0 + parts_count * p.n);
-    bytes = aligned(row) + p.n * row + parts_count * p.n * row;
-    if (p.stats.wanted()) bytes += parts_count * p.n * (sizeof *l0 + sizeof *l1);
+    parts = reinterpret_cast<float*>(x + n * row);
+    l0 = reinterpret_cast<int64_t*>(parts + parts_count * n * row_stride(d));
+    l1 = reinterpret_cast<float*>(l0 + parts_count * n);
+    bytes = aligned(row) + n * row + parts_count * n * row;
+    if (stats) bytes += parts_count * n * (sizeof *l0 + sizeof *l1);
   }
 };
 
@@ -99,12 +99,14 @@ int64_t parts_for(const Problem& p, int64_t threads) {
   return parts < 1 ? 1 : parts < threads ? parts : threads;
 }
 
-std::size_t workspace_bytes(const Problem& p, int64_t parts) { return Workspace(p, parts, nullptr).bytes; }
+std::size_t workspace_bytes(int64_t n, int64_t d, bool stats, int64_t parts) {
+  return Workspace(n, d, stats, parts, nullptr).bytes;
+}
 
 void few_rows(const Kernel& kernel, const Problem& p, int64_t parts, void* memory, ParallelFor parallel_for) {
   const int dtype = static_cast<int>(p.dtype);
   const auto& of = kernel.of[dtype];
-  const Workspace workspace(p, parts, memory);
+  const Workspace workspace(p.n, p.d, p.stats.wanted(), parts, memory);
   std::memset(workspace.zeros, 0, kItemsize[dtype] * p.d);
   if (p.dtype == Dtype::float32) copy_x<float, float>(p, workspace.x);
   if (p.dtype == Dtype::bfloat16 && of.copies_x_as_float) copy_x<float, bfloat16>(p, workspace.x);

@@ -64,8 +64,8 @@ const Kernel* find_kernel(const char* name = nullptr);
 // How many parts H is cut into for `threads` threads.
 int64_t parts_for(const Problem&, int64_t threads);
 
-// Bytes that `few_rows` needs, aligned to kAlignment.
-std::size_t workspace_bytes(const Problem&, int64_t parts);
+// Bytes that `few_rows` needs for n rows of d, with or without statistics, aligned to kAlignment.
+std::size_t workspace_bytes(int64_t n, int64_t d, bool stats, int64_t parts);
 
 // Runs f(begin, end) over pieces of [0, count) in any order, on any threads, and waits for all.
 using Body = void (*)(int64_t begin, int64_t end, void* context);

@@ -49,7 +49,7 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
                   Activation::silu,
                   Activation::identity,
                   {l1.data(), l0.data(), total.data(), fired.data()}};
-  void* workspace = ::operator new(workspace_bytes(p, parts), std::align_val_t{kAlignment});
+  void* workspace = ::operator new(workspace_bytes(n, d, true, parts), std::align_val_t{kAlignment});
   few_rows(kernel, p, parts, workspace, [](int64_t count, Body body, void* context) { body(0, count, context); });
   ::operator delete(workspace, std::align_val_t{kAlignment});
 

@@ -107,10 +107,8 @@ def forward(r: Request, keep: bool) -> Part | str:
     parts = r.threads if on_cpu else r.multiprocessors
     stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
     sums = parts * r.n * (r.d * 4 + ((12 if on_cpu else 8) if r.stats else 0))
-    workspace = sums
-    if on_cpu:  # beside the sums a copy of x and a row of zeros; rows are `row_stride` of csrc/cpu/few_rows.h apart
-        row = 4 * (-(-r.d // 64) * 64 + 32)
-        workspace += (r.n + 1) * row + parts * r.n * (row - 4 * r.d)
+    # on the CPU beside the sums a copy of x and a row of zeros, in rows that are padded
+    workspace = torch.ops.tiedfused.few_rows_workspace(r.n, r.d, r.stats, parts) if on_cpu else sums
     flops = 4 * r.ndh
     predicted = kernel_ms(r, flops=flops, efficiency=EFFICIENCY, memory_bytes=2 * x + w + stats)
     tile = NativeTile(EXTENSION.cpu if on_cpu else "cuda")
