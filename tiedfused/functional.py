@@ -168,7 +168,7 @@ def tied_encode_decode(
         fp32_precision("cuda") if x.is_cuda else None,
         get_num_threads(),
         are_deterministic_algorithms_enabled(),
-        settings.generation,
+        settings.number,
     )
     try:
         plan = _plans.get(key)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from numerics import assert_layer_matches, problem
 
+from tiedfused import functional, settings
+from tiedfused.benchmark.device import milliseconds
 from tiedfused.benchmark.peers import LAYERS, PEERS, Operands, chosen
 from tiedfused.benchmark.shapes import Shape
 from tiedfused.settings import REGIME_NAMES
@@ -37,3 +41,23 @@ def test_an_unknown_peer_costs_only_itself() -> None:
     assert chosen(["tiled", "compile", "nope"], problems) == ["compile", "tiled"]
     assert problems == [f"peers: got 'nope'; expected {', '.join((*PEERS, *REGIME_NAMES))}"]
     assert chosen([], problems) == list(PEERS)
+
+
+@pytest.mark.parametrize("which", ["fwd", "bwd", "step"])
+def test_what_is_timed_of_a_forced_regime_is_the_layer(which: str, monkeypatch) -> None:
+    """Planned by the first call, under settings that change before the clock starts."""
+    call = Operands.random(Shape(3, 8, 20), torch.float32).named("tiled", which)
+    regimes: list[str] = []
+    monkeypatch.setattr(functional, "_plans", {})
+    plan_for = functional.plan_for
+    monkeypatch.setattr(functional, "plan_for", lambda *problem: regimes.append(regime()) or plan_for(*problem))
+    timed = dataclasses.replace(call, run=lambda: (settings_in_time.append(settings.current()), call.run()))
+    settings_in_time: list[settings.Settings] = []
+    for _ in range(3):
+        milliseconds(timed, torch.device("cpu"), warm=True)
+    assert regimes == ["tiled"]
+    assert {one.regime for one in settings_in_time} == {"tiled"} and regime() == "auto"
+
+
+def regime() -> str:
+    return settings.current().regime

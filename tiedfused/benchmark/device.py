@@ -225,23 +225,24 @@ def milliseconds(call: Call, device: torch.device, *, warm: bool = False) -> flo
     A GPU is busy while the host launches the call: what is timed is the GPU's work, and of the host's only what takes
     longer than `BUSY_CYCLES`.
     """
-    if warm:
-        call()
-    if call.prepare is not None:
-        call.prepare()
-    if not warm:
-        flush(device)
-    keep_busy(device)
-    if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    with call.within():
+        if warm:
+            call()
+        if call.prepare is not None:
+            call.prepare()
+        if not warm:
+            flush(device)
+        keep_busy(device)
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call.run()
+            stop.record()
+            stop.synchronize()
+            return float(start.elapsed_time(stop))
+        begin = time.perf_counter()
         call.run()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop))
-    begin = time.perf_counter()
-    call.run()
-    return (time.perf_counter() - begin) * 1e3
+        return (time.perf_counter() - begin) * 1e3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,7 +209,7 @@ def measure_cell(
         if peer in (*peers, *OURS):
             calls[peer] = call
             if which != "bwd":  # the memory of a step is forward's and backward's together
-                cell["bytes"][peer] = max(0, peak_memory(call.run, device) - kept)
+                cell["bytes"][peer] = max(0, peak_memory(call, device) - kept)
 
     used = plan(*shape, dtype=dtype, device=device, grad=which != "fwd")
     cell["plan"] = {"regime": used.regime, "backend": used.backend, "keeps_latent": used.save_latent}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -82,15 +83,17 @@ def chosen(names: list[str], problems: list[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One thing to time: `run` is timed, `prepare` before it is not."""
+    """One thing to time: `run` is timed; `prepare` before it is not, nor entering what `within` gives for both."""
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def __call__(self) -> Any:
-        if self.prepare is not None:
-            self.prepare()
-        return self.run()
+        with self.within():
+            if self.prepare is not None:
+                self.prepare()
+            return self.run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +146,5 @@ class Operands:
         """A pass of the layer called `name`: one of `LAYERS`, or tiedfused in the regime of that name."""
         if name not in REGIME_NAMES:
             return self.call(LAYERS[name](), which)
-        free = self.call(tied_encode_decode, which)
-
-        def forced(run: Callable[[], Any]) -> Callable[[], Any]:
-            def under() -> Any:
-                with settings.override(regime=name):
-                    return run()
-
-            return under
-
-        return Call(forced(free.run), free.prepare and forced(free.prepare))
+        call = self.call(tied_encode_decode, which)
+        return dataclasses.replace(call, within=lambda: settings.override(regime=name))
