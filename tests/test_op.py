@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
+import math
 import weakref
 from collections.abc import Callable
 
@@ -13,13 +15,14 @@ import torch
 from functorch.compile import make_boxed_func
 from numerics import Problem, outputs, problem
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedfused
-from tiedfused import reference, settings
+from tiedfused import planning, reference, settings
 from tiedfused.functional import tied_encode_decode
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -93,7 +96,7 @@ def test_registered_backward_refuses_a_second_derivative() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic: bool, recompute: bool | None, output_activation: str) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     options = {"output_activation": output_activation}
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend=counter)
@@ -156,10 +159,49 @@ def test_export_binds_no_batch_size(d: int, h: int) -> None:
     assert bounds.upper == 10**6
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("grad_x", [True, False])
+@pytest.mark.parametrize(
+    ("n", "d", "h", "keeps"),
+    [
+        (512, 512, 512, (False, False)),
+        (4096, 384, 1024, (True, True)),
+        (4096, 256, 8192, (False, True)),
+        ((64, 64), 256, 8192, (False, True)),
+    ],
+)
+def test_traced_and_called_keep_the_latent_alike(
+    n: int | tuple[int, int], d: int, h: int, keeps: tuple[bool, bool], grad_x: bool, strict: bool, monkeypatch
+) -> None:
+    """On a GPU the plan's cost model decides; the rule of thumb for symbolic sizes says otherwise at these."""
+    rows = n if isinstance(n, tuple) else (n,)
+    gpu = {"dtype": torch.bfloat16, "device": "cuda"}
+    assert tiedfused.plan(math.prod(rows), d, h, grad_x=grad_x, **gpu).save_latent is keeps[grad_x]
+    request = planning.request
+    monkeypatch.setattr(planning, "request", lambda *p, **o: dataclasses.replace(request(*p, **o), device_type="cuda"))
+    layer = tiedfused.TiedLinear(d, h, activation="relu", dtype=torch.bfloat16)
+    x = torch.empty(*rows, d, dtype=torch.bfloat16, requires_grad=grad_x)
+    exported = torch.export.export(layer, (x,), strict=strict)
+    (call,) = (node for node in exported.graph.nodes if "tiedfused.forward" in str(node.target))
+    assert call.args[-1] is keeps[grad_x]
+
+
+def test_other_settings_trace_anew_and_the_same_do_not() -> None:
+    torch._dynamo.reset()
+    layer, x = tiedfused.TiedLinear(768, 1024), torch.randn(5, 768)
+    backend = EagerAndRecordGraphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for workspace_bytes in (1 << 28, 0, 1 << 28, 0, 1 << 27):
+        with settings.override(workspace_bytes=workspace_bytes):
+            compiled(x)
+    keeps = [node.args[-1] for g in backend.graphs for node in g.graph.nodes if "tiedfused.forward" in str(node.target)]
+    assert keeps == [True, False, True]
+
+
 def test_frozen_weights_keep_no_latent_when_compiled() -> None:
     torch._dynamo.reset()
     layer = tiedfused.TiedLinear(768, 1024).requires_grad_(False)
-    backend = torch._dynamo.testing.EagerAndRecordGraphs()
+    backend = EagerAndRecordGraphs()
     torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(5, 768))
     (call,) = (n for n in backend.graphs[0].graph.nodes if "tiedfused.forward" in str(n.target))
     assert call.args[-1] is False

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
-from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from tiedfused import planning, reference, settings
@@ -37,18 +36,41 @@ from tiedfused.regimes import tiled
 def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool | None, stats: bool) -> bool:
     """Whether a training step on x ``[N, d]`` keeps the latent.
 
-    While a graph is traced, sizes may be symbolic, and a rule of thumb that holds for all devices stands for the plan:
+    While a graph is traced, sizes may be symbolic. Then a rule of thumb that holds for all devices stands for the plan:
     what is not known of the sizes for certain counts as too large, since to ask would bind the graph to the answer.
     """
     (n, d), h = x.shape, weight.shape[0]
-    if not is_compiling() and all(isinstance(size, int) for size in (n, d, h)):
-        return plan_for(x, weight, f, IDENTITY, True, True, recompute, stats).save_latent
-    asked = settings.current().recompute if recompute is None else recompute
+    in_force = settings.current()
+    asked = in_force.recompute if recompute is None else recompute
     if asked is not None:
         return not asked
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second, needed only here
+    from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
-    return tiled.keeps_latent(n, h, d, x.dtype, statically_known_true)
+    if not all(has_static_value(size) for size in (n, d, h)):
+        return tiled.keeps_latent(n, h, d, x.dtype, statically_known_true)
+    problem = (int(n), int(d), int(h), x.dtype, x.device, f.name, x.requires_grad, stats)
+    others = (in_force.regime, int(in_force.workspace_bytes), in_force.atomics, in_force.config_dir)
+    return _plan_keeps_latent(*problem, *others)
+
+
+@torch.compiler.assume_constant_result
+def _plan_keeps_latent(
+    n: int,
+    d: int,
+    h: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str,
+    grad_x: bool,
+    stats: bool,
+    *_: str | int,
+) -> bool:
+    """The plan's choice, which a traced graph takes as a constant. The settings that it also depends on are arguments
+    so that the graph is guarded by them: others trace it anew.
+    """
+    f = get_activation(activation)
+    request = planning.request(n, d, h, dtype, device, f, IDENTITY, True, grad_x, None, stats)
+    return planning.make_plan(request).save_latent
 
 
 def plan_for(
