@@ -283,6 +283,18 @@ def test_statistics_of_a_latent_in_memory_are_counted() -> None:
     assert counted.predicted_ms > plain.predicted_ms + 5 * 4e-3 - 1e-2
 
 
+@pytest.mark.parametrize(("n", "in_cache"), [(13_000, True), (14_000, False)])
+def test_a_buffer_of_half_the_cache_is_read_back_from_it(n: int, in_cache: bool) -> None:
+    """The latent in bf16 and a byte for each, 20 and 21.5 MB of an A100's 40: however often they are read."""
+    d, h = 4096, 512
+    arguments = {"dtype": BF16, "device": "cuda", "capability": 80, "grad": False}
+    with settings.override(regime="bottleneck"):
+        plain, counted = (plan(n, d, h, stats=stats, **arguments).passes[0] for stats in (False, True))
+    assert plain.kernel == counted.kernel == "bottleneck_latent" and counted.split == 1
+    seconds = 3 * n * h * (2 + 1) / devices.GPUS[80].cached_bandwidth(in_cache)
+    assert counted.predicted_ms - plain.predicted_ms == pytest.approx(1e3 * seconds)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_every_triton_regime_serves_statistics(grad: bool) -> None:
     for shape in ((4, 384, 8192), (4096, 784, 64), (128, 17768, 512)):

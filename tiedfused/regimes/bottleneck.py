@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator
 
 from tiedfused import tiles
+from tiedfused.regimes.chunked import L2_SHARE
 from tiedfused.regimes.common import (
     STATS_LAUNCHES,
     Part,
@@ -105,7 +106,7 @@ def _fused(r: Request) -> Pass:
             bytes_moved,
             blocks,
             launches=launches,
-            exposed_bytes=2 * stats,
+            exposed_seconds=_exposed_seconds(r, 2 * stats, stats),
             cached_bytes=2 * w * blocks,
         )
         return Pass("bottleneck_forward", tile, source, 1, flops, bytes_moved + 2 * stats, stats, predicted)
@@ -138,7 +139,7 @@ def _latent(r: Request, inputs: int, held: int) -> Pass:
             bytes_moved,
             blocks * parts,
             launches=1 + (parts > 1) + STATS_OF_LATENT_LAUNCHES * (active > 0) if launches is None else launches,
-            exposed_bytes=2 * sums + stats,
+            exposed_seconds=_exposed_seconds(r, 2 * sums, sums) + _exposed_seconds(r, stats, r.latent_bytes + active),
             cached_bytes=inputs * x * latent_tiles + w * row_tiles,
         )
         moved, workspace = bytes_moved + 2 * sums + stats, held + max(sums, active)
@@ -164,7 +165,7 @@ def _weight_grad(r: Request, held: int) -> Pass:
         bytes_moved,
         blocks * parts,
         launches=1 + (parts > 1),
-        exposed_bytes=2 * sums,
+        exposed_seconds=_exposed_seconds(r, 2 * sums, sums),
     )
     return Pass("bottleneck_weight_grad", tile, source, parts, flops, bytes_moved + 2 * sums, held + sums, predicted)
 
@@ -189,6 +190,11 @@ def _fewer_rows(tile: LatentTile) -> Iterator[LatentTile]:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
 
 
+def _exposed_seconds(r: Request, traffic: int, buffer_bytes: int) -> float:
+    """Of `traffic` of a buffer that is written to be read by another kernel, and read."""
+    return traffic / r.device.cached_bandwidth(buffer_bytes <= r.device.l2_bytes * L2_SHARE)
+
+
 def _ms(
     r: Request,
     kernel: str,
@@ -198,17 +204,17 @@ def _ms(
     blocks: int,
     *,
     launches: int,
-    exposed_bytes: int = 0,
+    exposed_seconds: float = 0,
     cached_bytes: int = 0,
 ) -> float:
-    """`block` latents are worked on at a time; `exposed_bytes` are written to be read by another kernel, and read."""
+    """`block` latents are worked on at a time."""
     return kernel_ms(
         r,
         flops=flops * math.ceil(r.h / block) * block / r.h,
         efficiency=efficiency(r, kernel, EFFICIENCY),
         memory_bytes=memory_bytes,
         cached_bytes=cached_bytes,
-        exposed_seconds=exposed_bytes / r.device.cached_bandwidth(exposed_bytes <= r.device.l2_bytes),
+        exposed_seconds=exposed_seconds,
         blocks=blocks,
         launches=launches,
     )
