@@ -69,6 +69,22 @@ def test_odd_sizes(d: int, h: int, dtype: torch.dtype, isa: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, h", [(500, 2103), (512, 2100), (2690, 403), (2752, 401)])
+def test_one_row(d: int, h: int, dtype: torch.dtype, isa: str) -> None:
+    # enough of W for the way that some kernels have for one row of x, by two and by four rows of W
+    p = problem(1, d, h, dtype)
+    assert_right(p, isa=isa)
+    operands = [t.detach() for t in p.operands]
+    first = few_rows(*operands, isa=isa)
+    assert all(torch.equal(few_rows(*operands, isa=isa), first) for _ in range(5))
+    wide = torch.full((h, d + 75), torch.nan, dtype=dtype)
+    wide[:, 9 : 9 + d] = operands[1]
+    assert torch.equal(few_rows(operands[0], wide[:, 9 : 9 + d], *operands[2:], isa=isa), first)
+
+
+@native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", EXTENSION.activations)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
@@ -294,7 +310,11 @@ def test_plan_takes_the_cuda_op_where_it_can(n: int, d: int, capability: int, wh
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("n", "d", "h", "f"), [(1, 1, 1, "relu"), (5, 70, 333, "relu"), (64, 33, 41, "gelu"), (3, 40, 77, "sigmoid")]
+    ("n", "d", "h", "f"),
+    [
+        *((1, 1, 1, "relu"), (5, 70, 333, "relu"), (64, 33, 41, "gelu"), (3, 40, 77, "sigmoid")),
+        *((1, 500, 2103, "sigmoid"), (1, 2690, 403, "relu")),
+    ],
 )
 def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str) -> None:
     assert_right_statistics(problem(n, d, h, dtype, activation=f), f=f, isa=isa)

@@ -69,9 +69,14 @@ struct FloatSums {
   static constexpr int kLanes = cpu::kLanes;
   static Vector load_sum(const float* from) { return load_as<Floats>(from); }
   static void store_sum(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
-  // out[i] is the sum of v[i]'s lanes
+  static void wait() {
+#if defined(__x86_64__)
+    __builtin_ia32_lfence();
+#endif
+  }
+  // out[i] is the sum of v[i]'s lanes. Always inline: N 64 took 5% longer where the compiler chose otherwise.
   template <int kCount>
-  static void sums(const Vector* v, float* out) {
+  __attribute__((always_inline)) static void sums(const Vector* v, float* out) {
 #pragma GCC unroll 8
     for (int done = 0; done < kCount; done += kLanes) {
       Vector group[kLanes] = {};

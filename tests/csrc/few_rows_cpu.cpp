@@ -111,8 +111,8 @@ bool rounds() {
 int main() {
   bool good = rounds<float16>() && rounds<bfloat16>();
   if (!good) std::puts("rounding is wrong");
-  const int64_t shapes[][3] = {{1, 1, 1},   {2, 3, 5},     {4, 64, 12},  {5, 65, 13},
-                               {7, 63, 33}, {64, 130, 67}, {3, 2117, 35}};
+  const int64_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},     {4, 64, 12},    {5, 65, 13},   {7, 63, 33},
+                               {64, 130, 67}, {3, 2117, 35}, {1, 515, 1301}, {1, 2690, 211}};
   int kernels = 0;
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const Kernel* kernel = find_kernel(name);
