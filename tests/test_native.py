@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 native = pytest.mark.skipif(EXTENSION.why_not is not None, reason=str(EXTENSION.why_not))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def few_rows(*operands: Tensor | None, f: str = "relu", g: str = "identity", isa: str | None = None) -> Tensor:
@@ -71,9 +80,10 @@ def test_odd_sizes(d: int, h: int, dtype: torch.dtype, isa: str) -> None:
 @native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d, h", [(500, 2103), (512, 2100), (2690, 403), (2752, 401)])
-def test_one_row(d: int, h: int, dtype: torch.dtype, isa: str) -> None:
-    # enough of W for the way that some kernels have for one row of x, by two and by four rows of W
+@pytest.mark.parametrize("d, h", [(1279, 2101), (1280, 1640), (2690, 1003), (2752, 801), (500, 403)])
+def test_one_row(d: int, h: int, dtype: torch.dtype, isa: str, one_thread: None) -> None:
+    # W of 4 MiB and more, for the way that some kernels have for one row of x, by two and by four rows of W; the last
+    # is small, for the way of blocks
     p = problem(1, d, h, dtype)
     assert_right(p, isa=isa)
     operands = [t.detach() for t in p.operands]
@@ -313,10 +323,10 @@ def test_plan_takes_the_cuda_op_where_it_can(n: int, d: int, capability: int, wh
     ("n", "d", "h", "f"),
     [
         *((1, 1, 1, "relu"), (5, 70, 333, "relu"), (64, 33, 41, "gelu"), (3, 40, 77, "sigmoid")),
-        *((1, 500, 2103, "sigmoid"), (1, 2690, 403, "relu")),
+        *((1, 1279, 2101, "sigmoid"), (1, 2690, 1003, "relu"), (1, 500, 403, "relu")),
     ],
 )
-def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str) -> None:
+def test_statistics(n: int, d: int, h: int, f: str, dtype: torch.dtype, isa: str, one_thread: None) -> None:
     assert_right_statistics(problem(n, d, h, dtype, activation=f), f=f, isa=isa)
 
 

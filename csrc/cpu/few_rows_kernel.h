@@ -16,7 +16,7 @@
 //   columns(rows, k, out)         columns [k, k + kTile) of kPair rows of W, as kColumnVectors Operands
 //   broadcast(latents)            kPair latents in every lane
 //   latent(float)                 a latent as stored
-//   wait()                        until all that has been begun is done, where there is an instruction for it
+//   wait()                        until the loads begun before are done, where there is an instruction for it
 //
 // Everything is in an anonymous namespace and calls no inline function of another library: a function with external
 // linkage, compiled here for AVX-512, could be the copy that the linker keeps for every caller.
@@ -51,9 +51,11 @@ constexpr int64_t kPanelBytes = 16 << 10;
 
 // With 16 lanes one row of x has a way of its own, `part_of_one`: two rows of W at a time while they, the two before, x
 // and y fit in L1, else four. What it gains is in csrc/README.md. Rows of W of more bytes than these gain nothing or
-// lose: fp32 at d 2304 and 4096, bf16 at d 8192 up to a tenth. So does a thread's share of W that is in L2 anyway: of
-// 128 KiB a quarter.
-constexpr int64_t kMostBytesOfTwo = 5 << 10, kMostBytesOfFour = 12 << 10, kLeastShareOfOne = 256 << 10;
+// lose: fp32 at d 2304 and 4096, bf16 at d 8192 up to a tenth. So do short rows, and a thread's share of W that a cache
+// may hold; the time of blocks over its, one thread, W in the caches: d 64 0.3 to 0.4 in bf16 and 0.6 in fp32, bf16 d
+// 512 0.65, d 768 of 4 MB 0.83, but 1.22 where caches are cold.
+constexpr int64_t kMostBytesOfTwo = 5 << 10, kMostBytesOfFour = 12 << 10;
+constexpr int64_t kLeastBytesOfOne = 1536, kLeastShareOfOne = 4 << 20;
 // Bytes of W that it asks for ahead: 4 KiB were up to a quarter slower, 12 no faster.
 constexpr int64_t kAhead = 8 << 10;
 
@@ -217,18 +219,20 @@ inline void add_stats(const float* h, int count, float& l1, int64_t& l0, float* 
   }
 }
 
-// Never inline: within part_of_one, where it may be called for every other row of W, it made N 1 up to 7% slower.
+// Never inline, one copy for part_of_one and for blocks: within part_of_one, which calls it for every second or fourth
+// row of W, it made N 1 up to 7% slower.
 __attribute__((noinline)) void activate_latents(Activation activation, float* a, int count) {
   activate(activation, a, count);
 }
 
-// The same for one row of x, which is bound by reading W and nothing else, kRows rows of W at a time. While the dot
-// products of these are summed up, kColumns columns a step, the rows before are multiplied by their latents, out of
-// cache, so that W is read without a pause. One row is read after the other, which the caches' own prefetcher follows
-// best, and prefetches go kAhead bytes before. Every kSteps steps the core waits for what it has begun: without, it
-// runs tens of cache lines ahead and asks for all of their prefetches at once, more than it can have under way, and it
-// drops the others (a loop of nothing but prefetches ran faster than memory). In bf16 at d 4096 N 1 took a quarter
-// longer without waits, and 5% longer with one in 12 steps.
+// What part_in_blocks does, for one row of x, which is bound by reading W and nothing else, kRows rows of W at a time.
+// While the dot products of these are summed up, kColumns columns a step, the rows before are multiplied by their
+// latents, out of cache, so that W is read without a pause. One row is read after the other, which the caches' own
+// prefetcher follows best, and prefetches go kAhead bytes before. Every kSteps steps the core waits for the loads that
+// it has begun, which orders prefetches only in that it begins no further ones: without, it seems to run tens of cache
+// lines ahead, to ask for all of their prefetches at once, more than it can have under way, and to drop the others (a
+// loop of nothing but prefetches ran faster than memory). What was measured is the effect: in bf16 at d 4096 N 1 took a
+// quarter longer without waits, and 5% longer with one in 12 steps.
 template <typename O, typename T, int kRows, int kSteps>
 void part_of_one(const Problem& p, const void* x_copy, const void* zero_row, int64_t begin, int64_t end, float* sum,
                  float* l1, int64_t* l0) {
@@ -263,6 +267,7 @@ void part_of_one(const Problem& p, const void* x_copy, const void* zero_row, int
     *l0 = 0;
   }
 
+  unsigned step = 0;  // from one block to the next: of whole / kColumns * kRows steps each
   int64_t blocks_done = 0;
   for (int64_t row = begin; row < end + kRows; row += kRows, ++blocks_done) {  // one more, for y of the last rows
     Rows& rows = blocks[blocks_done % 2];
@@ -297,7 +302,6 @@ void part_of_one(const Problem& p, const void* x_copy, const void* zero_row, int
 
     Vector dots[kRows];
     int64_t column = 0;  // of y, the next
-    unsigned step = 0;
     for (int j = 0; j < kRows; ++j) {
       Vector sums[kSums] = {};
       const auto encode = [&](const T* w, const Copy* x_k) {
@@ -459,8 +463,10 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   auto run = part_in_blocks<O, T>;
   if constexpr (O::kLanes == 16) {
     const int64_t row_bytes = p.d * sizeof(T);
-    if (p.n == 1 && (end - begin) * row_bytes >= kLeastShareOfOne) {
-      if (sizeof(T) < sizeof(float) && row_bytes <= kMostBytesOfFour) run = part_of_one<O, T, 4, 8>;
+    if (p.n == 1 && row_bytes >= kLeastBytesOfOne && (end - begin) * row_bytes >= kLeastShareOfOne) {
+      if constexpr (sizeof(T) < sizeof(float)) {
+        if (row_bytes <= kMostBytesOfFour) run = part_of_one<O, T, 4, 8>;
+      }
       if (row_bytes <= kMostBytesOfTwo) run = part_of_one<O, T, 2, 12>;
     }
   }

@@ -20,9 +20,10 @@ std::mt19937 generator(0);
 
 template <typename T>
 std::vector<T> normal(int64_t count, float scale) {
+  constexpr int64_t kDrawn = 99991;  // then the same again, out of step with the rows: drawing is slow
   std::normal_distribution<float> values(0.0f, scale);
   std::vector<T> made(count);
-  for (T& v : made) v = narrow<T>(values(generator));
+  for (int64_t i = 0; i < count; ++i) made[i] = i < kDrawn ? narrow<T>(values(generator)) : made[i - kDrawn];
   return made;
 }
 
@@ -54,6 +55,7 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
   ::operator delete(workspace, std::align_val_t{kAlignment});
 
   double error = 0, size = 0, l1_error = 0, total_error = 0;
+  int64_t active = 0;  // for sure: what is nearer to 0 may be rounded to it
   std::vector<double> latent(h);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < h; ++j) {
@@ -62,6 +64,7 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
       latent[j] = a / (1 + std::exp(-a));
       l1_error += std::abs(latent[j]);
       total_error += latent[j];
+      active += std::abs(latent[j]) > 1e-6;
     }
     for (int64_t k = 0; k < d; ++k) {
       double z = biases ? widen(bias_dec[k]) : 0;
@@ -72,11 +75,12 @@ bool agrees(const Kernel& kernel, Dtype dtype, int64_t n, int64_t d, int64_t h, 
   }
   const double bound = dtype == Dtype::float32 ? 1e-6 : dtype == Dtype::bfloat16 ? 1e-2 : 1e-3;
   const double l1_size = l1_error;
+  const int64_t counted = std::accumulate(l0.begin(), l0.end(), int64_t{0});
   for (const float v : l1) l1_error -= v;
   for (const float v : total) total_error -= v;
-  const bool stats = std::abs(l1_error) <= bound * l1_size && std::abs(total_error) <= bound * l1_size &&
-                     std::accumulate(l0.begin(), l0.end(), int64_t{0}) == n * h &&
-                     std::accumulate(fired.begin(), fired.end(), int64_t{0}) == n * h;
+  const double sum_bound = 3 * bound * l1_size;  // of thousands of numbers, one after the other
+  const bool stats = std::abs(l1_error) <= sum_bound && std::abs(total_error) <= sum_bound && active <= counted &&
+                     counted <= n * h && std::accumulate(fired.begin(), fired.end(), int64_t{0}) == counted;
   if (!stats) std::puts("statistics are wrong");
   if (stats && std::sqrt(error) <= bound * std::sqrt(size)) return true;
   std::printf("%s: dtype %d, N %ld, d %ld, H %ld, parts %ld: relative error %g\n", kernel.name, static_cast<int>(dtype),
@@ -111,15 +115,16 @@ bool rounds() {
 int main() {
   bool good = rounds<float16>() && rounds<bfloat16>();
   if (!good) std::puts("rounding is wrong");
-  const int64_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},     {4, 64, 12},    {5, 65, 13},   {7, 63, 33},
-                               {64, 130, 67}, {3, 2117, 35}, {1, 515, 1301}, {1, 2690, 211}};
+  const int64_t shapes[][3] = {{1, 1, 1},     {2, 3, 5},     {4, 64, 12},   {5, 65, 13},     {7, 63, 33},
+                               {64, 130, 67}, {3, 2117, 35}, {1, 515, 130}, {1, 1279, 3403}, {1, 2690, 1603}};
   int kernels = 0;
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const Kernel* kernel = find_kernel(name);
     if (kernel == nullptr) continue;
     ++kernels;
     for (const auto& [n, d, h] : shapes) {
-      for (const int64_t parts : {1, 3, 40}) {  // 40: some have no rows of W at all
+      // Of 1 and 2 each has 4 MiB of W of the last two shapes, for the way of one row of x; of 40 some have no rows.
+      for (const int64_t parts : {1, 2, 40}) {
         good &= agrees<float>(*kernel, Dtype::float32, n, d, h, parts, true);
         good &= agrees<bfloat16>(*kernel, Dtype::bfloat16, n, d, h, parts, parts == 1);
         good &= agrees<float16>(*kernel, Dtype::float16, n, d, h, parts, true);
