@@ -24,8 +24,8 @@ import math
 from collections.abc import Iterator
 
 from tiedfused import tiles
-from tiedfused.regimes.chunked import L2_SHARE
 from tiedfused.regimes.common import (
+    L2_SHARE,
     STATS_LAUNCHES,
     Part,
     Pass,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 from tiedfused import tiles
 from tiedfused.regimes.common import (
+    L2_SHARE,
     STATS_LAUNCHES,
     Part,
     Pass,
@@ -33,8 +34,6 @@ EFFICIENCY = 0.60
 SMALLEST_CHUNK = 128
 # Each part of a split sum is written and read in fp32.
 MOST_PARTS = 16
-# A chunk's buffers are read back right after they were written, with the operands streaming past in between.
-L2_SHARE = 0.5
 
 _Passes = tuple[Pass, ...]
 

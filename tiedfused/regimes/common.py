@@ -20,6 +20,9 @@ TRITON_MAX_SIZE = 2**31 - 2**17
 LAUNCH_SECONDS = 4e-6
 # Small ones that follow a kernel with statistics: the parts of the rows' and of the latents' are added up.
 STATS_LAUNCHES = 2
+# A buffer of more of the L2 cache does not stay there until it is read back, with the operands streaming past in
+# between. Assumed.
+L2_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
