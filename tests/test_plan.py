@@ -280,7 +280,8 @@ def test_statistics_of_a_latent_in_memory_are_counted() -> None:
     assert [one.split for one in counted.passes] == [one.split for one in plain.passes]
     # h is read three times; a byte an element is written once, and read twice
     assert counted.bytes_moved - plain.bytes_moved == 3 * n * h * (2 + 1)
-    assert counted.predicted_ms > plain.predicted_ms + 5 * 4e-3 - 1e-2
+    # five launches more; reading takes a little longer than the first kernel's own, which they no longer hide
+    assert counted.predicted_ms > plain.predicted_ms + (5 - 1) * 4e-3
 
 
 @pytest.mark.parametrize(("n", "in_cache"), [(13_000, True), (14_000, False)])
