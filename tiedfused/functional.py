@@ -176,9 +176,11 @@ def tied_encode_decode(
         plan = None
     if plan is None:
         f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.clear()
-        plan = _plans[key] = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute, return_stats)
+        plan = plan_for(x, weight, f, fused_output(g, grad), grad, grad_x, recompute, return_stats)
+        if settings.number_of(plan.request.in_force) == key[-1]:  # else another thread has changed them since
+            if len(_plans) >= _PLANS_KEPT:
+                _plans.clear()
+            _plans[key] = plan
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not (

@@ -47,9 +47,9 @@ def keeps_latent_for(x: Tensor, weight: Tensor, f: Activation, recompute: bool |
     from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
     if not all(has_static_value(size) for size in (n, d, h)):
-        return tiled.keeps_latent(n, h, d, x.dtype, statically_known_true)
+        return tiled.keeps_latent(n, h, d, x.dtype, in_force.workspace_bytes, statically_known_true)
     problem = (int(n), int(d), int(h), x.dtype, x.device, f.name, x.requires_grad, stats)
-    others = (in_force.regime, int(in_force.workspace_bytes), in_force.atomics, in_force.config_dir)
+    others = (in_force.regime, in_force.workspace_bytes, in_force.atomics, in_force.config_dir)
     return _plan_keeps_latent(*problem, *others)
 
 

@@ -291,7 +291,8 @@ def _ways_to_keep(r: Request) -> tuple[bool, ...]:
     if r.asked_recompute is not None:
         return (not r.asked_recompute,)
     if r.device_type == "cpu":
-        return (not devices.interpreting() and REGIMES["tiled"].keeps_latent(r.n, r.h, r.d, r.dtype),)
+        limit = r.in_force.workspace_bytes
+        return (not devices.interpreting() and REGIMES["tiled"].keeps_latent(r.n, r.h, r.d, r.dtype, limit),)
     return (False, True) if 0 < r.latent_bytes <= r.in_force.workspace_bytes else (False,)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ class Settings:
             raise ValueError(f"TIEDFUSED_REGIME: got {self.regime!r}; expected auto, {', '.join(REGIME_NAMES)}")
         if self.recompute is not None and not isinstance(self.recompute, bool):
             raise ValueError(f"TIEDFUSED_RECOMPUTE: got {self.recompute!r}; expected None, True or False")
+        if type(self.workspace_bytes) is not int:  # torch.compile crashes where a float among them changes
+            raise ValueError(f"workspace_bytes: got {self.workspace_bytes!r}; expected an int")
         if self.workspace_bytes < 0:
             raise ValueError(f"TIEDFUSED_WORKSPACE_MIB: got {self.workspace_bytes / MIB:g}; expected 0 or more")
 
@@ -87,10 +90,17 @@ def _user_configs(environment: Mapping[str, str]) -> str:
     return str(Path(home) / "tiedfused")
 
 
+_numbers: dict[Settings, int] = {}
+_unused_numbers = itertools.count()
+
+
+def number_of(some: Settings) -> int:
+    """A number of these settings and no others: quicker to hash, in a key of what depends on them."""
+    return _numbers.setdefault(some, next(_unused_numbers))  # drawn anew for each: two threads never get the same
+
+
 _current = Settings.from_environment()
-# Of the settings in force, the same whenever they are the same: quicker to hash, in a key of what depends on them.
-number = 0
-_numbers = {_current: number}
+number = number_of(_current)  # of those in force
 
 
 def current() -> Settings:
@@ -110,9 +120,9 @@ def override(**changes: Any) -> Iterator[Settings]:
     """
     global _current, number
     before = _current, number
-    _current = dataclasses.replace(_current, **changes)
-    number = _numbers.setdefault(_current, len(_numbers))
+    changed = dataclasses.replace(_current, **changes)
+    _current, number = changed, number_of(changed)
     try:
-        yield _current
+        yield changed
     finally:
         _current, number = before

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from tiedfused import devices, settings
+from tiedfused import devices
 from tiedfused.regimes.common import Part, Pass, Request, TorchTile, kernel_ms
 from tiedfused.settings import MIB
 
@@ -80,12 +80,14 @@ def backward(r: Request, keep: bool) -> Part:
     return Part("tiled", "tiled", (joint,), _reason(r, keep))
 
 
-def keeps_latent(n: int, h: int, d: int, dtype: torch.dtype, known: Callable[[bool], bool] = bool) -> bool:
-    """Whether the CPU keeps the latent of a training step; `known` decides where sizes are symbolic."""
+def keeps_latent(
+    n: int, h: int, d: int, dtype: torch.dtype, most_bytes: int, known: Callable[[bool], bool] = bool
+) -> bool:
+    """Whether the CPU keeps the latent of a training step, of `most_bytes`. `known` decides for symbolic sizes."""
     latent_bytes = n * h * dtype.itemsize
     # one tile's worth costs nothing to keep, and saves the host time of a product on tiny problems
     cheap = known(d >= KEEP_LATENT_MIN_D) or known(latent_bytes <= CPU_TILE_BYTES)
-    return cheap and known(latent_bytes <= settings.current().workspace_bytes)
+    return cheap and known(latent_bytes <= most_bytes)
 
 
 def _pass(
