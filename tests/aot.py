@@ -37,7 +37,8 @@ from tiedfused._backends.triton.input_grad import input_grad
 from tiedfused._backends.triton.stats import partial_stats
 from tiedfused._backends.triton.weight_grad import weight_grad
 from tiedfused.activations import get_activation
-from tiedfused.tiles import BOTTLENECK_KERNELS, STREAM_KERNELS, AnyTile, GemmTile, LatentTile, Packaged, packaged
+from tiedfused.regimes.stream import PRODUCTS
+from tiedfused.tiles import BOTTLENECK_KERNELS, STREAM_KERNELS, AnyTile, GemmTile, LatentTile, Packaged, Tile, packaged
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # the others of the table are made of the same parts
@@ -61,6 +62,9 @@ class Compiled:
         shared_bytes: per block.
         wgmma, mma, tcgen05: how many tensor-core instructions of each family the PTX holds.
         tma: how many TMA copies the PTX holds.
+        serialized: whether the wgmma instructions of a product wait for each other, which ptxas has them do where
+            ordinary instructions write their accumulator meanwhile.
+        step_flops: of the tensor-core instructions that a program executes in its loops, each taken once.
         specialized: whether groups of warps run different code.
         ttgir: the kernel after layout assignment and pipelining.
     """
@@ -74,6 +78,8 @@ class Compiled:
     mma: int
     tcgen05: int
     tma: int
+    serialized: bool
+    step_flops: int
     specialized: bool
     ttgir: str
 
@@ -109,30 +115,51 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], capability: int) ->
         usage = dump("--dump-resource-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
-        loop_spills = _loop_spills(dump("--dump-sass")) if int(found[2]) else 0
+        sass = dump("--dump-sass")
     ptx = compiled.asm["ptx"]
+    code, loops = _loops(sass)
     return Compiled(
         name=kernel.__name__,
         registers=int(found[1]),
         stack_bytes=int(found[2]),
-        loop_spills=loop_spills,
+        loop_spills=len(_in(loops, r"\b(STL|LDL)\b", code)),
         shared_bytes=compiled.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
         tcgen05=ptx.count("tcgen05.mma"),
         tma=ptx.count("cp.async.bulk.tensor"),
+        # a product's instructions are one group, which its last one ends
+        serialized=len(re.findall(r"HGMMA.*gsb0", sass)) > ptx.count("wgmma.commit_group"),
+        step_flops=_step_flops(loops, code, arguments["num_warps"]),
         specialized="ttg.warp_specialize(" in compiled.asm["ttgir"] and "setmaxnreg" in ptx,
         ttgir=compiled.asm["ttgir"],
     )
 
 
-def _loop_spills(sass: str) -> int:
-    """A loop is what lies between a branch backwards and its target."""
+_Code = list[tuple[int, str]]
+_Loops = list[tuple[int, int]]
+
+
+def _loops(sass: str) -> tuple[_Code, _Loops]:
+    """Instructions by address, and loops: what lies between a branch backwards and its target."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]
     branches = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text))]
-    loops = [(to, at) for to, at in branches if to < at]
-    spills = [at for at, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(any(first <= at <= last for first, last in loops) for at in spills)
+    return code, [(to, at) for to, at in branches if to < at]
+
+
+def _in(loops: _Loops, pattern: str, code: _Code) -> list[re.Match[str]]:
+    """Instructions that match, in any of the loops."""
+    inside = (text for at, text in code if any(first <= at <= last for first, last in loops))
+    return [match for text in inside if (match := re.search(pattern, text))]
+
+
+def _step_flops(loops: _Loops, code: _Code, warps: int) -> int:
+    """HGMMA.64xNxK of four warps; HMMA.16816 and HMMA.1688 of one."""
+    wgmma = sum(
+        2 * 64 * int(n) * int(k) // 4 for n, k in (m.groups() for m in _in(loops, r"HGMMA\.64x(\d+)x(\d+)", code))
+    )
+    mma = sum(2 * 16 * 8 * int(m[1]) for m in _in(loops, r"HMMA\.168(16|8)\b", code))
+    return warps * (wgmma + mma)
 
 
 @functools.cache
@@ -151,8 +178,12 @@ def compile_kernel(
     latents: int = 4096,
     bias: bool = True,
     stats: bool = False,
+    first: bool = False,
 ) -> list[Compiled]:
-    """Every kernel that the launcher of `kernel` launches, in launch order."""
+    """Every kernel that the launcher of `kernel` launches, in launch order.
+
+    The chunked regime's decoder adds to the sum of an earlier chunk, or is the `first` of several.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -221,8 +252,8 @@ def compile_kernel(
                 latent,
                 weight,
                 bias_dec,
-                earlier=partial if split > 1 else empty(rows, d, dtype=torch.float32),
-                out=partial,
+                earlier=None if first else partial if split > 1 else empty(rows, d, dtype=torch.float32),
+                out=empty(rows, d, dtype=torch.float32) if first and split == 1 else partial,
                 output_activation=get_activation(output_activation),
                 split=split,
                 **gemm,
@@ -264,9 +295,33 @@ def key(entry: Packaged) -> str:
     fields = dataclasses.asdict(tile)
     blocks = " × ".join(str(size) for name, size in fields.items() if name.startswith("block_"))
     specialized = ", warp-specialised" * fields.get("warp_specialize", False)
-    cells = [entry.kernel, entry.width, str(DTYPES[entry.itemsize]).removeprefix("torch."), blocks]
+    dtype = "tf32" if entry.operands == "tf32" else str(DTYPES[entry.itemsize]).removeprefix("torch.")
+    cells = [entry.kernel, entry.width, dtype, blocks]
     cells += [str(tile.num_warps), str(tile.num_stages), ("candidate" if entry.candidate else "in use") + specialized]
     return " | ".join(cells)
+
+
+def precision_of(entry: Packaged) -> str:
+    """Of fp32 products: tf32, except of tiles that are not for it, since others are."""
+    own = (entry.kernel, entry.capability, "tf32") in {other[:3] for other in packaged()}
+    return "ieee" if entry.operands == "4" and own else "tf32"
+
+
+def executed(entry: Packaged, compiled: Compiled) -> float | None:
+    """What the tensor cores execute in the loops over what the tiles need.
+
+    None without tensor cores, or by tcgen05, which no warp executes.
+    """
+    if compiled.tcgen05 or precision_of(entry) == "ieee":
+        return None
+    tile, kernel = entry.tile, entry.kernel
+    if isinstance(tile, Tile):
+        return compiled.step_flops / (2 * sum(PRODUCTS[kernel]) * tile.block_n * tile.block_h * int(entry.width))
+    products = 2 if kernel in ("chunk_latent", "chunk_weight_grad", "bottleneck_weight_grad") else 1
+    if isinstance(tile, GemmTile):
+        return compiled.step_flops / (2 * products * tile.block_m * tile.block_n * tile.block_k)
+    products = 1 if kernel == "bottleneck_latent" else 2
+    return compiled.step_flops / (2 * products * tile.block_n * tile.block_h * tile.block_d)
 
 
 def compile_packaged(entry: Packaged, activation: str = "relu") -> Compiled:
@@ -275,7 +330,14 @@ def compile_packaged(entry: Packaged, activation: str = "relu") -> Compiled:
     latents = int(entry.width) if entry.kernel in BOTTLENECK_KERNELS else 4096
     dtype = DTYPES[entry.itemsize]
     (compiled,) = compile_kernel(
-        entry.kernel, entry.tile, d, dtype, entry.capability, activation=activation, latents=latents
+        entry.kernel,
+        entry.tile,
+        d,
+        dtype,
+        entry.capability,
+        activation=activation,
+        latents=latents,
+        precision=precision_of(entry),
     )
     return compiled
 
@@ -287,7 +349,9 @@ def numbers(entry: Packaged) -> str:
     worst = max(by_activation, key=lambda f: by_activation[f].stack_bytes)
     spilled = by_activation[worst].stack_bytes
     in_loops = max(of.loop_spills for of in by_activation.values())
+    times = executed(entry, c)
     cells = [c.registers, f"{spilled} ({worst})" if worst and spilled else spilled, in_loops]
+    cells.append("" if times is None else f"{times:.2f}")
     cells.append(f"{c.shared_bytes / 1024:.0f}")
     return " | ".join(map(str, [*cells, c.wgmma, c.tcgen05, c.mma, c.tma]))
 
@@ -296,8 +360,12 @@ def _markdown() -> Iterator[str]:
     yield "# What every kernel compiles to"
     yield ""
     yield "Generated by `PYTHONPATH=. python tests/aot.py > docs/kernels.md`, without a GPU: nothing here was measured."
-    yield f"Triton {triton.__version__}, f relu, biases, N and H multiples of every block; float32 with tf32 products."
+    yield f"Triton {triton.__version__}, f relu, biases, N and H multiples of every block; float32 with tf32 products,"
+    yield "except where the table has tiles for tf32 as well."
     yield f"Spills in bytes a thread, and instructions in loops that move them: the most of f {', '.join(ACTIVATIONS)}."
+    yield "Executed: FLOPs of the tensor instructions in loops over those that the tile needs, where warps issue them:"
+    yield "Triton gives warps to the rows of a product that feeds another one, 16 each; fewer, and warps repeat others."
+    yield "In no kernel of the page do the wgmma instructions of a product wait for each other; the tests assert it."
     yield "Shared memory in KiB a block; wgmma, tcgen05, mma, TMA: instructions in the PTX."
     yield "A block: rows of x × of W (bottleneck: × columns of both), or of a product rows × columns × step of its sum."
     yield "The size is d, or H in the bottleneck regime, whose kernels, like the chunked ones, are compiled for d 768."
@@ -311,9 +379,9 @@ def _markdown() -> Iterator[str]:
         yield ""
         yield (
             "| kernel | size | dtype | block | warps | stages | status "
-            "| registers | spills | in loops | shared | wgmma | tcgen05 | mma | TMA |"
+            "| registers | spills | in loops | executed | shared | wgmma | tcgen05 | mma | TMA |"
         )
-        yield "|---|--:|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        yield "|---|--:|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
         yield from (row for entry, row in zip(entries, rows, strict=True) if entry.capability == capability)
 
 

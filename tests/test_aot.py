@@ -16,9 +16,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run without it", allow_module_level=True)
 
 import triton
-from aot import ACTIVATED, DTYPES, Compiled, compile_kernel, compile_packaged, key, shared_copies
+from aot import (
+    ACTIVATED,
+    DTYPES,
+    Compiled,
+    compile_kernel,
+    compile_packaged,
+    executed,
+    key,
+    precision_of,
+    shared_copies,
+)
 
 from tiedfused.activations import activation_names
+from tiedfused.regimes.stream import PRODUCTS
 from tiedfused.tiles import (
     ARCHITECTURES,
     BOTTLENECK_KERNELS,
@@ -35,6 +46,7 @@ from tiedfused.tiles import (
     check_tile,
     lookup,
     packaged,
+    repeats,
     resources,
 )
 
@@ -42,14 +54,15 @@ pytestmark = pytest.mark.aot
 
 PACKAGED = (80, 90, 100)
 WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512)
-# the most that a packaged tile may spill, in bytes a thread, and the most instructions of its loops that move them
-SPILLED_BYTES, LOOP_SPILLS = 96, 10
+# the most that a packaged tile may spill, in bytes a thread, in epilogues that is (64 numbers of a and of h̄ in
+# chunk_latent with gelu), and the most instructions of its loops that move them
+SPILLED_BYTES, LOOP_SPILLS = 352, 10
 SMALL = Tile(block_n=32, block_h=64, num_warps=4, num_stages=2)
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 
 
 def is_headline(kernel: str, itemsize: int, width: int) -> bool:
-    return itemsize == 2 and width >= 64 and not (kernel == "weight_grad_atomic" and width >= 384)
+    return itemsize == 2 and 64 <= width <= 256
 
 
 def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, d: int, itemsize: int, capability: int) -> None:
@@ -61,31 +74,46 @@ def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, d: int, itemsize
 @pytest.mark.parametrize(
     "entry",
     [entry for entry in packaged() if entry.kernel in STREAM_KERNELS],
-    ids=lambda e: f"{e.kernel}-{e.capability}-{e.itemsize}-{e.width}",
+    ids=lambda e: f"{e.kernel}-{e.capability}-{e.operands}-{e.width}",
 )
 def test_packaged_tile(entry: Packaged) -> None:
-    kernel, capability, itemsize, _, tile, candidate = entry
+    kernel, capability, operands, _, tile, candidate = entry
     assert isinstance(tile, Tile)
-    width, dtype = int(entry.width), DTYPES[itemsize]
+    width, itemsize, dtype = int(entry.width), entry.itemsize, DTYPES[entry.itemsize]
     check_tile(kernel, tile, block_d(width), itemsize, capability)
     if not candidate:
-        found = lookup(kernel, width, str(dtype).removeprefix("torch."), capability)
+        found = lookup(kernel, width, {"2": "bfloat16", "4": "float32"}.get(operands, operands), capability)
         assert found == (tile, f"configs/sm{capability}.json")
-    (compiled,) = compile_kernel(kernel, tile, width, dtype, capability)
+    (compiled,) = compile_kernel(kernel, tile, width, dtype, capability, precision=precision_of(entry))
     assert_fits(compiled, kernel, tile, width, itemsize, capability)
-    assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
+    assert (compiled.mma + compiled.wgmma + compiled.tcgen05 > 0) == (precision_of(entry) == "tf32")
+    assert not compiled.serialized
+    assert_repeats_as_modelled(entry, compiled)
     assert compiled.specialized == tile.warp_specialize
     assert (compiled.tma > 0) == tile.warp_specialize
     if itemsize == 2:
         modelled = resources(kernel, tile, block_d(width), itemsize, capability)
-        assert modelled.shared_bytes <= 1.35 * compiled.shared_bytes
+        assert modelled.shared_bytes <= 1.35 * compiled.shared_bytes + 8 * 1024  # where no latent passes through it
         assert_one_copy_of_weight(compiled, kernel, tile, width)
     assert_page_says(entry, compiled)
     if is_headline(kernel, itemsize, width):
-        assert compiled.stack_bytes == 0
+        assert compiled.stack_bytes <= (48 if capability == 80 else 16)
         if capability == 90:
             assert compiled.wgmma > 0
             assert compiled.mma == 0
+
+
+def assert_repeats_as_modelled(entry: Packaged, compiled: Compiled) -> None:
+    """What the plan counts, and nothing where d is small enough for every warp to have rows of its own."""
+    found = executed(entry, compiled)
+    if found is None or entry.kernel == "weight_grad_atomic":  # its product for x̄ has other rows
+        return
+    width, operands = int(entry.width), {"2": "bfloat16", "4": "float32"}.get(entry.operands, entry.operands)
+    times = repeats(entry.kernel, entry.tile, block_d(width), operands, entry.capability)  # type: ignore[arg-type]
+    products = PRODUCTS[entry.kernel]
+    assert found * sum(products) == pytest.approx(sum(count * by for count, by in zip(products, times, strict=True)))
+    if width <= 256:
+        assert found == 1
 
 
 @functools.cache
@@ -103,7 +131,7 @@ def page() -> dict[tuple[str, str], list[str]]:
 def assert_page_says(entry: Packaged, compiled: Compiled) -> None:
     """Of the Triton that made it: another one's registers differ."""
     if f"Triton {triton.__version__}," in PAGE.read_text():
-        registers, spilled, _, shared, *instructions = page()[str(entry.capability / 10), key(entry)]
+        registers, spilled, _, _, shared, *instructions = page()[str(entry.capability / 10), key(entry)]
         assert (int(registers), shared) == (compiled.registers, f"{compiled.shared_bytes / 1024:.0f}")
         assert list(map(int, instructions)) == [compiled.wgmma, compiled.tcgen05, compiled.mma, compiled.tma]
         assert int(spilled.split()[0]) >= compiled.stack_bytes
@@ -135,15 +163,23 @@ def test_packaged_tile_with_gelu(entry: Packaged) -> None:
 
 @pytest.mark.parametrize("kernel", CHUNK_KERNELS)
 @pytest.mark.parametrize("capability", [*PACKAGED, 89])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_chunk_kernel(kernel: str, capability: int, dtype: torch.dtype) -> None:
-    tile, source = lookup(kernel, 768, str(dtype).removeprefix("torch."), capability)
+@pytest.mark.parametrize("operands", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+def test_chunk_kernel(kernel: str, capability: int, operands: str, half: bool) -> None:
+    """Also with half of the columns, as the plan may take it."""
+    tile, source = lookup(kernel, 768, operands, capability)
+    assert isinstance(tile, GemmTile)
     assert source == ("heuristic" if capability == 89 else f"configs/sm{capability}.json")
-    (compiled,) = compile_kernel(kernel, tile, 768, dtype, capability)
+    if half:
+        tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
+    dtype = torch.float32 if operands == "tf32" else torch.bfloat16
+    (compiled,) = compile_kernel(kernel, tile, 768, dtype, capability, first=half)
     modelled = resources(kernel, tile, block_d(768), dtype.itemsize, capability)
     assert compiled.shared_bytes <= min(ARCHITECTURES[capability].shared_bytes, 1.03 * modelled.shared_bytes)
     assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
-    assert compiled.stack_bytes == 0
+    assert compiled.loop_spills == 0
+    assert compiled.stack_bytes <= SPILLED_BYTES
+    assert not compiled.serialized
     if capability == 90:
         assert compiled.wgmma > 0
         assert compiled.mma == 0
@@ -151,18 +187,24 @@ def test_chunk_kernel(kernel: str, capability: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", ["chunk_encode", "chunk_latent"])
 @pytest.mark.parametrize("activation", ["gelu", "tanh", "softplus"])
-def test_chunk_kernels_of_any_activation_do_not_spill(kernel: str, activation: str) -> None:
+def test_chunk_kernels_of_any_activation_do_not_spill_in_their_loops(kernel: str, activation: str) -> None:
     tile, _ = lookup(kernel, 768, "bfloat16", 90)
     (compiled,) = compile_kernel(kernel, tile, 768, torch.bfloat16, 90, activation=activation)
-    assert compiled.stack_bytes == 0
+    assert compiled.loop_spills == 0
+    assert compiled.stack_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.parametrize("kernel", CHUNK_KERNELS)
 def test_chunk_kernel_of_odd_sizes_split_and_ieee(kernel: str) -> None:
+    """Where d is odd the plan takes half of the columns."""
     tile, _ = lookup(kernel, 1, "bfloat16", 90)
+    assert isinstance(tile, GemmTile)
+    half = dataclasses.replace(tile, block_n=tile.block_n // 2)
     odd = {"rows": 1001, "latents": 777, "bias": False, "split": 3}
-    (compiled,) = compile_kernel(kernel, tile, 333, torch.bfloat16, 90, **odd)
+    (compiled,) = compile_kernel(kernel, half, 333, torch.bfloat16, 90, **odd)
     assert compiled.shared_bytes <= ARCHITECTURES[90].shared_bytes
+    assert compiled.loop_spills <= LOOP_SPILLS
+    assert not compiled.serialized
     tile, _ = lookup(kernel, 1, "float32", 90)
     (compiled,) = compile_kernel(kernel, tile, 768, torch.float32, 90, precision="ieee")
     assert compiled.shared_bytes <= ARCHITECTURES[90].shared_bytes
@@ -197,7 +239,7 @@ def test_rows_of_a_multiple_of_8_are_copied_asynchronously(kernel: str) -> None:
     (compiled,) = compile_kernel(kernel, tile, 17768, torch.bfloat16, 90, latents=512)
     modelled = resources(kernel, tile, block_d(16), 2, 90).shared_bytes
     assert 0.95 * modelled <= compiled.shared_bytes <= 1.03 * modelled, "not all operands are pipelined"
-    assert compiled.stack_bytes == 0
+    assert compiled.loop_spills == 0
 
 
 @pytest.mark.parametrize("kernel", ["chunk_decode", "chunk_weight_grad"])
@@ -208,7 +250,7 @@ def test_a_latent_of_a_multiple_of_8_is_copied_asynchronously(kernel: str, capab
     for latents in (1024, 1000):
         (compiled,) = compile_kernel(kernel, tile, 768, torch.bfloat16, capability, latents=latents)
         copies.append(compiled.ttgir.count("async_copy_global_to_local"))
-        assert compiled.stack_bytes == 0
+        assert compiled.loop_spills == 0
     assert copies[1] == copies[0] > 0
 
 
@@ -220,7 +262,7 @@ def test_rows_of_a_multiple_of_8_are_loaded_as_those_that_fill_their_tile(kernel
     (partly,) = compile_kernel(kernel, tile, 200, torch.bfloat16, capability)
     (filled,) = compile_kernel(kernel, tile, 256, torch.bfloat16, capability)
     assert partly.shared_bytes == filled.shared_bytes
-    assert partly.stack_bytes == filled.stack_bytes == 0
+    assert max(partly.loop_spills, filled.loop_spills) <= LOOP_SPILLS
 
 
 @pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_latent", "bottleneck_latent_grad"])
@@ -348,6 +390,7 @@ def test_sizes_of_one(kernel: str, rows: int, d: int, latents: int) -> None:
     elif kernel in CHUNK_KERNELS + BOTTLENECK_KERNELS:
         tile = GemmTile(16, 16, 16, 4, 2)
     one = (rows, d, latents) == (1, 1, 1)
+    streamed = STREAM_KERNELS + FEW_ROWS_KERNELS
     compile_kernel(
         "forward" if kernel in FEW_ROWS_KERNELS else kernel,
         tile,
@@ -356,7 +399,8 @@ def test_sizes_of_one(kernel: str, rows: int, d: int, latents: int) -> None:
         90,
         rows=rows,
         latents=latents,
-        split=1 if one or kernel == "bottleneck_forward" else 3,
+        # the stream kernels take as many parts as there are tiles, or fewer
+        split=1 if one or kernel == "bottleneck_forward" or (kernel in streamed and 1 in (rows, latents)) else 2,
         bias=one,
         stats=one and kernel not in BOTTLENECK_KERNELS,
         output_activation="sigmoid",
@@ -411,8 +455,9 @@ def test_statistics_and_penalties(kernel: str, width: int, capability: int) -> N
     assert [launch.name for launch in after] == ["add_parts_kernel"] * (2 if kernel == "forward" else 0)
     assert all(launch.stack_bytes == 0 for launch in after)
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
-    assert compiled.stack_bytes <= 16
+    assert compiled.loop_spills <= (LOOP_SPILLS if capability != 80 else 2 * LOOP_SPILLS)
     assert compiled.wgmma > 0 or capability != 90
+    assert not compiled.serialized
 
 
 @pytest.mark.parametrize("kernel", ["chunk_encode", "chunk_latent"])
@@ -422,7 +467,8 @@ def test_statistics_and_penalties_in_chunks(kernel: str, capability: int, dtype:
     tile, _ = lookup(kernel, 768, str(dtype).removeprefix("torch."), capability)
     (compiled,) = compile_kernel(kernel, tile, 768, dtype, capability, stats=True)
     assert compiled.shared_bytes <= ARCHITECTURES[capability].shared_bytes
-    assert compiled.stack_bytes <= 16
+    assert compiled.loop_spills == 0
+    assert compiled.stack_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_latent_grad"])
@@ -454,7 +500,7 @@ def test_statistics_of_few_rows(kernel: str, capability: int, width: int) -> Non
     compiled, *after = compile_kernel("forward", tile, width, torch.bfloat16, capability, **options)
     assert [launch.name for launch in after] == ["combine_kernel"] + ["add_parts_kernel"] * 2
     assert_fits(compiled, kernel, tile, width, 2, capability)
-    assert compiled.stack_bytes == 0
+    assert compiled.loop_spills <= 30  # of more than a thousand instructions, which memory bounds
 
 
 @pytest.mark.parametrize("activation", activation_names())

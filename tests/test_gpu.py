@@ -200,7 +200,7 @@ def test_warp_specialized(
     """Tiles that are packaged for tuning to try; the allocator of their descriptors serves autograd's threads too."""
     if torch.cuda.get_device_capability() != divmod(one.capability, 10):
         pytest.skip(f"its tile is for compute capability {one.capability / 10}")
-    tiles = {one.kernel: {str(one.itemsize): {one.width: dataclasses.astuple(one.tile)}}}
+    tiles = {one.kernel: {one.operands: {one.width: dataclasses.astuple(one.tile)}}}
     (tmp_path / f"sm{one.capability}.json").write_text(json.dumps({"status": "candidate", "tiles": tiles}))
     monkeypatch.setattr(stream, "split", lambda *_: 1)  # a split launch is not specialised
     n, d, h = (1001, int(one.width) - 8, 1777) if odd else (1024, int(one.width), 2048)

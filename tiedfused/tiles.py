@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -32,7 +33,9 @@ BOTTLENECK_KERNELS = (
 )
 KERNELS = STREAM_KERNELS + FEW_ROWS_KERNELS + CHUNK_KERNELS + BOTTLENECK_KERNELS
 
-_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}
+# What tiles are listed under; for float32 multiplied as tf32, on tensor cores, those of float32 where it has none.
+_OPERANDS = {"bfloat16": ("2",), "float16": ("2",), "float32": ("4",), "tf32": ("4", "tf32")}
 _MAX_BLOCK_D = 512
 _MAX_BLOCK_D_FEW_ROWS = 2048
 _MIN_BLOCK = 16
@@ -259,6 +262,9 @@ def resources(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: in
         buffers = {"mma": max(1, tile.num_stages - 1), "wgmma": tile.num_stages, "tcgen05": tile.num_stages + 1}
         shared = (stationary + buffers[tensor_core] * streamed) * row_bytes + longer + scratch
 
+    if not weight_stationary:  # tiles of b_enc are copied with those of W
+        shared += tile.num_stages * tile.block_h * 4
+
     accumulator = rows * width / (32 * consumers)
     # warps beyond one for every 16 rows repeat the latent of others
     latent_registers = latent / (32 * min(consumers, rows // 16)) * (1 if kernel == "forward" else 2)
@@ -269,8 +275,29 @@ def resources(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: in
     return Resources(shared_bytes=shared, registers_per_thread=math.ceil(_ADDRESSING_REGISTERS + live))
 
 
+def repeats(kernel: str, tile: Tile, block_d: tuple[int, ...], operands: str, capability: int) -> tuple[float, float]:
+    """How many warps compute the same of the encoder's products, and of those that add to the result.
+
+    Triton gives the warps to the rows of a product that another one reads, 16 rows a warp, be they fewer or not; or,
+    where mma instructions make more columns than rows of the result, to columns, 8 a warp. `operands` is the dtype of
+    `lookup`; products of "float32" do not use tensor cores.
+    """
+    rows, warps = _rows(kernel, tile), tile.plain().num_warps
+    # tf32 is multiplied by wgmma as well, where there are rows enough
+    family = _tensor_core(capability, 2 if operands == "tf32" and capability // 10 == 9 else ITEMSIZE[operands], rows)
+    if operands == "float32" or family == "tcgen05":
+        return 1.0, 1.0
+    by_rows = max(1.0, 16 * warps / rows)
+    if family == "wgmma":
+        return by_rows, 1.0
+    if rows >= min(block_d):
+        return by_rows, by_rows
+    latents = 2 * tile.block_n if kernel.startswith("weight_grad") else tile.block_h
+    return max(1.0, 8 * warps / latents), 1.0
+
+
 def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int) -> Resources:
-    """Both operands of every product of a step are staged; `chunk_latent` makes two results, a and h̄, where its other
+    """The operands of a step are staged, of `chunk_latent` those of two products: it makes a and h̄, where its other
     entry, `chunk_encode`, makes a alone.
     """
     m, n, k = tile.block_m, tile.block_n, tile.block_k
@@ -278,9 +305,9 @@ def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int)
         "chunk_encode": (m + n, 1),
         "chunk_latent": (2 * m + n, 2),
         "chunk_decode": (m + n, 1),
-        "chunk_weight_grad": (2 * (m + n), 1),
+        "chunk_weight_grad": (m + n, 1),
         "bottleneck_decode": (m + n, 1),
-        "bottleneck_weight_grad": (2 * (m + n), 1),
+        "bottleneck_weight_grad": (m + n, 1),
     }[kernel]
     buffers = tile.num_stages if capability // 10 in (9, 10) else max(1, tile.num_stages - 1)
     shared = buffers * operands * k * itemsize
@@ -371,7 +398,7 @@ def check_tile(kernel: str, tile: AnyTile, block_d: tuple[int, ...], itemsize: i
 
 @functools.cache
 def _config(file: Path) -> dict[str, Any] | None:
-    """A config file: "tiles", "candidates" and "efficiency", kernel → itemsize → `config_key` → a tile, several, or a
+    """A config file: "tiles", "candidates" and "efficiency", kernel → operands → `config_key` → a tile, several, or a
     fraction. None where there is none, or none that may be used, which a warning says.
     """
     if not file.is_file():
@@ -381,8 +408,8 @@ def _config(file: Path) -> dict[str, Any] | None:
         if config["status"].startswith(NOT_MEASURED):
             raise ValueError(f"its status is {config['status']!r}")
         for table in (config["tiles"], config.get("efficiency", {})):
-            for by_itemsize in table.values():
-                for by_key in by_itemsize.values():
+            for by_operands in table.values():
+                for by_key in by_operands.values():
                     by_key.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{file}: tiles not used: {type(error).__name__}: {error}", stacklevel=2)
@@ -393,15 +420,22 @@ def _config(file: Path) -> dict[str, Any] | None:
 class Packaged(NamedTuple):
     """A tile of a packaged file, for a padded `width` of d, in the bottleneck regime of H, or for ``"any"``.
 
+    Its operands are of 2 or 4 bytes an element, or ``"tf32"``: float32 that is multiplied as tf32.
+
     A `candidate` is not in use: it is for tuning to measure beside the tile that is.
     """
 
     kernel: str
     capability: int
-    itemsize: int
+    operands: str
     width: str
     tile: AnyTile
     candidate: bool
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x and W."""
+        return 2 if self.operands == "2" else 4
 
 
 def packaged() -> list[Packaged]:
@@ -410,11 +444,11 @@ def packaged() -> list[Packaged]:
     for capability in ARCHITECTURES:
         config = _config(_CONFIGS / f"sm{capability}.json") or {}
         for section in ("tiles", "candidates"):
-            for kernel, by_itemsize in config.get(section, {}).items():
-                for itemsize, by_width in by_itemsize.items():
+            for kernel, by_operands in config.get(section, {}).items():
+                for operands, by_width in by_operands.items():
                     for width, entry in by_width.items():
                         for fields in entry if section == "candidates" else [entry]:
-                            key = (kernel, capability, int(itemsize), width)
+                            key = (kernel, capability, operands, width)
                             found.append(Packaged(*key, _TILES[kernel](*fields), section == "candidates"))
     return found
 
@@ -429,6 +463,16 @@ def _gpu(capability: int) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     known = max((c for c in ARCHITECTURES if c <= 10 * major + minor), default=None)
     return config_name(torch.cuda.get_device_name()) if known == capability else None
+
+
+def operands(dtype: str, precision: str) -> str:
+    """The `dtype` of `lookup` for tensors of a dtype: fp32 products in `precision`, "ieee" or "tf32"."""
+    return "tf32" if (dtype, precision) == ("float32", "tf32") else dtype
+
+
+def listed(dtype: str) -> str:
+    """What a config lists tiles of the `dtype` of `lookup` under."""
+    return _OPERANDS[dtype][-1]
 
 
 def config_name(gpu: str) -> str:
@@ -452,8 +496,8 @@ def _tables(
     sources = [(f"user config {file}", file) for file in users]
     sources += [(f"configs/{name}.json", _CONFIGS / f"{name}.json") for name in names]
     for source, file in sources:
-        by_itemsize = (_config(file) or {}).get(table, {}).get(kernel, {})
-        yield by_itemsize.get(str(_ITEMSIZE[dtype]), {}), source
+        by_operands = (_config(file) or {}).get(table, {}).get(kernel, {})
+        yield {key: entry for name in _OPERANDS[dtype] for key, entry in by_operands.get(name, {}).items()}, source
 
 
 def _entries(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> Iterator[tuple[Any, str]]:
@@ -487,16 +531,24 @@ def _guesses(kernel: str, size: int, dtype: str, capability: int) -> Iterator[An
         # bound by memory: as much of W as possible on its way
         most = int(kernel.rpartition("_")[2])
         for rows in (rows for rows in (64, 32, 16) if rows <= most):
-            yield from (Tile(rows, latents, 8, stages) for stages in (4, 3, 2) for latents in (64, 32, 16))
+            # two stages are one buffer where mma instructions read the tiles: nothing is on its way while they do
+            for latents, stages in [*itertools.product((64, 32, 16), (4, 3)), (64, 2), (32, 2), (16, 2)]:
+                tiles = [Tile(rows, latents, warps, stages) for warps in (8, 4, 2)]
+                # with more registers of y the loops spill, the statistics' first
+                most_of_y = 192 if latents == 16 and ITEMSIZE[dtype] == 2 else 64
+                tiles = [t for t in tiles if t.num_warps == 8 or rows * size <= most_of_y * 32 * t.num_warps]
+                yield min(tiles, key=lambda t: sum(repeats(kernel, t, padded(kernel, size), dtype, capability)))
         return
-    tile: AnyTile | None = Tile(64, 64, 8, 3)
+    tile: AnyTile | None = Tile(64, 128, 8, 3) if kernel.startswith("weight_grad") else Tile(128, 64, 8, 3)
     if _TILES[kernel] is GemmTile:
-        tile = GemmTile(128, 64, 32, 8, 3)
+        tile = GemmTile(128, 128, 32, 8, 3)
     elif _TILES[kernel] is LatentTile:
         tile = LatentTile(64, sum(padded(kernel, size)), 64, 8, 3)
     if not (_CONFIGS / f"sm{capability}.json").is_file():  # these multiply with the instruction of 8.0
         tile = next((_TILES[kernel](*entry) for entry, _ in _entries(kernel, size, dtype, 80, "")), tile)
     while tile is not None:
+        if isinstance(tile, Tile) and sum(repeats(kernel, tile, padded(kernel, size), dtype, capability)) > 2:
+            yield dataclasses.replace(tile, num_warps=max(2, _rows(kernel, tile) // 16))
         yield tile
         tile = _shrunk(kernel, tile)
 
@@ -508,7 +560,7 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
         kernel: one of `KERNELS`.
         size: what the kernel holds whole: d, or H in the bottleneck regime; the chunked regime's kernels have one tile
             for every size.
-        dtype: of x and W: "bfloat16", "float16" or "float32".
+        dtype: of x and W: "bfloat16", "float16" or "float32"; "tf32" for float32 that is multiplied as tf32.
         capability: compute capability, one of `ARCHITECTURES`.
 
     Returns:
@@ -525,9 +577,9 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
 
 @functools.cache
 def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[AnyTile, str]:
-    if dtype not in _ITEMSIZE:
-        raise ValueError(f"dtype: expected one of {', '.join(_ITEMSIZE)}, got {dtype}")
-    itemsize, widths = _ITEMSIZE[dtype], padded(kernel, size)
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"dtype: expected one of {', '.join(ITEMSIZE)}, got {dtype}")
+    itemsize, widths = ITEMSIZE[dtype], padded(kernel, size)
     for entry, source in _entries(kernel, size, dtype, capability, user_dir):
         try:
             tile: AnyTile = _TILES[kernel](*entry)

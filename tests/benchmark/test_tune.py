@@ -26,12 +26,12 @@ RUN = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
 @pytest.mark.parametrize("size", [64, 128, 512])
 def test_candidates_fit_and_hold_what_is_shipped(kernel: str, size: int) -> None:
     shipped, _ = lookup(kernel, size, "bfloat16", 90)
-    found = tune.candidates(kernel, shipped, size, 2, 90)
+    found = tune.candidates(kernel, shipped, size, "bfloat16", 90)
     assert len(set(found)) == len(found)
     assert shipped in found
     for tile in found:
         check_tile(kernel, tile, padded(kernel, size), 2, 90)
-    named = [one.tile for one in packaged() if one.candidate and one[:4] == (kernel, 90, 2, str(size))]
+    named = [one.tile for one in packaged() if one.candidate and one[:4] == (kernel, 90, "2", str(size))]
     assert found[: len(named)] == named, "what is packaged to be tried comes first"
     assert len(found) < len(list(tune._space(kernel, shipped, sum(padded(kernel, size))))), "the resource model prunes"
 

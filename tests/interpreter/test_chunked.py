@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_p
     """Small tiles, and a plan that works in one chunk, in many, with split sums, or with x̄ in a sweep of its own."""
     monkeypatch.setattr(chunked, "_gemm_tile", lambda kernel, dtype, capability: (SMALL, "test"))
     parts = 3 if request.param == "split" else 1
-    monkeypatch.setattr(chunked, "_parts", lambda r, kernel, rows, columns, depth: parts)
+    monkeypatch.setattr(chunked, "_parts", lambda r, blocks, steps: parts)
 
     def best(r: Request, keep: bool, passes_of) -> Part | str:
         if (refusal := chunked.why_not(r, keep)) is not None:

@@ -29,7 +29,7 @@ from tiedfused.benchmark.kernels import Planned, kernels_of, launches, planned
 from tiedfused.benchmark.measure import UNCALIBRATED, relative_error
 from tiedfused.benchmark.peers import Operands
 from tiedfused.benchmark.shapes import Shape, parse_all
-from tiedfused.devices import cuda_capability, interpreting, known_capability
+from tiedfused.devices import cuda_capability, fp32_precision, interpreting, known_capability
 from tiedfused.tiles import NOT_MEASURED, AnyTile, GemmTile, LatentTile, Tile, check_tile, config_key, packaged, padded
 
 DTYPES = ("bfloat16",)
@@ -37,6 +37,10 @@ CALLS = 8  # timed launches of a candidate at a time
 FINALISTS, FINAL_ROUNDS = 4, 7
 # Sets of operands are taken in turn, so many that together they hold more than the cache; a few when that is a lot.
 MOST_SETS = 16
+
+
+def _numbers(dtype: torch.dtype, device: torch.device) -> str:
+    return tiles.operands(str(dtype).removeprefix("torch."), fp32_precision(device.type))
 
 
 def _powers(low: int, high: int) -> list[int]:
@@ -54,20 +58,20 @@ def _space(kernel: str, before: AnyTile, width: int) -> Iterator[AnyTile]:
         assert isinstance(before, Tile)
         rows = int(kernel.rpartition("_")[2]) if kernel in tiles.FEW_ROWS_KERNELS else 256
         blocks = {"block_n": _powers(16, rows), "block_h": _powers(16, 256)}
-    ranges = {**blocks, "num_warps": [4, 8], "num_stages": [1, 2, 3, 4, 5]}
+    ranges = {**blocks, "num_warps": [2, 4, 8], "num_stages": [1, 2, 3, 4, 5]}
     if isinstance(before, Tile):
         ranges["warp_specialize"] = [False, True]
     for values in itertools.product(*ranges.values()):
         yield dataclasses.replace(before, **dict(zip(ranges, values, strict=True)))  # type: ignore[arg-type]
 
 
-def candidates(kernel: str, before: AnyTile, size: int, itemsize: int, capability: int) -> list[AnyTile]:
+def candidates(kernel: str, before: AnyTile, size: int, operands: str, capability: int) -> list[AnyTile]:
     """The tiles that the resource model lets run, in random order, after those that are packaged to be tried.
 
     The order is random so that a search that runs out of time has seen tiles of every kind. `size` is d, or H in the
-    bottleneck regime.
+    bottleneck regime, `operands` the dtype of `tiles.lookup`.
     """
-    index = (kernel, capability, itemsize, config_key(kernel, size))
+    index = (kernel, capability, tiles.listed(operands), config_key(kernel, size))
     fitting = [one.tile for one in packaged() if one.candidate and one[:4] == index]
     space = list(_space(kernel, before, sum(padded(kernel, size))))
     random.Random(0).shuffle(space)
@@ -75,7 +79,7 @@ def candidates(kernel: str, before: AnyTile, size: int, itemsize: int, capabilit
         if tile in fitting:
             continue
         try:
-            check_tile(kernel, tile, padded(kernel, size), itemsize, capability)
+            check_tile(kernel, tile, padded(kernel, size), tiles.ITEMSIZE[operands], capability)
         except ValueError:
             continue
         fitting.append(tile)
@@ -116,6 +120,11 @@ class _Kernel:
         self.operands = [Operands.random(shape, dtype, device, seed) for seed in range(sets)]
 
     @property
+    def numbers(self) -> str:
+        """The dtype of `tiles.lookup`."""
+        return _numbers(self.dtype, self.device)
+
+    @property
     def size(self) -> int:
         """What the kernel holds whole."""
         return self.shape.h if self.kernel in tiles.BOTTLENECK_KERNELS else self.shape.d
@@ -138,7 +147,7 @@ class _Kernel:
             for table, value in tables.items():
                 if value is not None:
                     by_key = {config_key(self.kernel, self.size): value}
-                    config[table] = {self.kernel: {str(self.dtype.itemsize): by_key}}
+                    config[table] = {self.kernel: {tiles.listed(self.numbers): by_key}}
             (folder / f"sm{self.capability}.json").write_text(json.dumps(config))
             config_dir = str(folder)
         with settings.override(config_dir=config_dir):
@@ -172,7 +181,7 @@ class _Kernel:
         """The fraction of the peak at which the cost model predicts a launch to take `ms`.
 
         None where the model does not hold arithmetic, at the peak, to be the longest of what overlaps: then the
-        fraction is not what `ms` tells. Also in fp32, whose peak depends on the precision.
+        fraction is not what `ms` tells. Also in fp32.
         """
         if self.dtype.itemsize != 2:
             return None
@@ -192,7 +201,7 @@ def search(one: _Kernel, budget: float) -> Found:
     """The fastest tile of a kernel: all candidates once, then the best ones interleaved."""
     begin = time.perf_counter()
     before: Any = one.planned().one.tile
-    space = candidates(one.kernel, before, one.size, one.dtype.itemsize, one.capability)
+    space = candidates(one.kernel, before, one.size, one.numbers, one.capability)
     once = 1 if interpreting() else CALLS
     times: dict[AnyTile, float] = {}
     tried = 0
@@ -241,7 +250,7 @@ Work = dict[tuple[str, str, str], tuple[Shape, str]]
 
 
 def _work(shapes: Sequence[Shape], dtypes: Sequence[str], device: torch.device, capability: int) -> Work:
-    """(kernel, itemsize, key) → the shape and dtype that decide: of several, the largest shape of the first dtype."""
+    """(kernel, operands, key) → the shape and dtype that decide: of several, the largest shape of the first dtype."""
     found: Work = {}
     largest = sorted(shapes, key=lambda shape: -shape.n * shape.d * shape.h)
     for dtype, shape in itertools.product(dtypes, largest):
@@ -250,7 +259,8 @@ def _work(shapes: Sequence[Shape], dtypes: Sequence[str], device: torch.device, 
             if kernel == "weight_grad_atomic" and not settings.current().atomics:
                 continue
             size = shape.h if kernel in tiles.BOTTLENECK_KERNELS else shape.d
-            found.setdefault((kernel, str(torch_dtype.itemsize), config_key(kernel, size)), (shape, dtype))
+            index = (kernel, tiles.listed(_numbers(torch_dtype, device)), config_key(kernel, size))
+            found.setdefault(index, (shape, dtype))
     return found
 
 
@@ -310,7 +320,7 @@ def tune(
     begin = time.perf_counter()
     rows = []
     with devices.on(where), console.progress(len(work)) as update:
-        for i, ((kernel, itemsize, key), (shape, dtype)) in enumerate(work.items()):
+        for i, ((kernel, operands, key), (shape, dtype)) in enumerate(work.items()):
             label = f"{kernel} ({shape}) {dtype}"
             update(label, i)
             left = budget - (time.perf_counter() - begin)
@@ -327,7 +337,7 @@ def tune(
             finally:
                 if one is not None:
                     one.close()
-            _enter(config, (kernel, itemsize, key), shape, dtype, found)
+            _enter(config, (kernel, operands, key), shape, dtype, found)
             _write(config, path)
             gain = found.before_ms / found.ms
             rows.append([
@@ -364,7 +374,7 @@ def _start(path: Path, name: str, capability: int) -> dict[str, Any]:
         "commit": devices.commit(),
         "command": devices.command_line(),
         "date": time.strftime("%Y-%m-%d"),
-        "index": ["kernel", "itemsize", "block_d; block_h for the bottleneck; or any"],
+        "index": ["kernel", "bytes of an element or tf32", "block_d; block_h for the bottleneck; or any"],
         "tiles": old.get("tiles", {}),
         "efficiency": old.get("efficiency", {}),
         "measured": old.get("measured", {}),
@@ -372,14 +382,14 @@ def _start(path: Path, name: str, capability: int) -> dict[str, Any]:
 
 
 def _enter(config: dict[str, Any], index: tuple[str, str, str], shape: Shape, dtype: str, found: Found) -> None:
-    kernel, itemsize, key = index
+    kernel, operands, key = index
     entries = {
         "tiles": list(dataclasses.astuple(found.tile)),
         "efficiency": found.efficiency,
         "measured": {"shape": list(shape), "dtype": dtype, **dataclasses.asdict(found)},
     }
     for table, value in entries.items():
-        by_key = config[table].setdefault(kernel, {}).setdefault(itemsize, {})
+        by_key = config[table].setdefault(kernel, {}).setdefault(operands, {})
         by_key.pop(key, None)
         if value is not None:
             by_key[key] = value

@@ -10,6 +10,7 @@ are summed up, and 2 more products: a and h̄ are then computed twice.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -20,8 +21,8 @@ from tiedfused.regimes.common import (
     Part,
     Pass,
     Request,
-    efficiency,
     kernel_ms,
+    measured_efficiency,
     split,
     stats_bytes,
     why_not_triton,
@@ -31,6 +32,10 @@ from tiedfused.tiles import GemmTile
 # The fraction of the peak that the products are expected to reach: below the 0.66 of cuBLAS in bf16 on an H100. Not
 # measured here.
 EFFICIENCY = 0.60
+# Of it, with half of a packaged tile's columns: on compute capability 9.0 a step's products then take 512 cycles of a
+# multiprocessor instead of 1024, the instructions beside them 126 to 192 instead of 152 to 226. Counted, not measured.
+HALF_TILE_RATE = 0.93
+SMALLEST_HALF = 64
 SMALLEST_CHUNK = 128
 # Each part of a split sum is written and read in fp32.
 MOST_PARTS = 16
@@ -134,14 +139,66 @@ def _gemm_tile(kernel: str, dtype: str, capability: int) -> tuple[GemmTile, str]
     return tile, source
 
 
-def _parts(r: Request, kernel: str, rows: int, columns: int, depth: int) -> int:
-    """Into how many parts a launch that makes ``[rows, columns]`` splits its sum over `depth`."""
-    tile, _ = _gemm_tile(kernel, r.dtype_name, r.gpu)
-    return min(MOST_PARTS, split(_blocks(tile, rows, columns), math.ceil(depth / tile.block_k), r.multiprocessors))
+def _parts(r: Request, blocks: int, steps: int) -> int:
+    """Into how many parts a sum over `steps` is split."""
+    return min(MOST_PARTS, split(blocks, steps, r.multiprocessors))
 
 
-def _blocks(tile: GemmTile, rows: int, columns: int) -> int:
-    return math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """How a kernel makes ``[rows, columns]``.
+
+    Args:
+        tile: the packaged one, or with half of its columns.
+        source: where the tile comes from.
+        parts: into how many the sum is split.
+        blocks: of all parts.
+        padding: what whole tiles compute, over what is asked for.
+        efficiency: the fraction of the peak that is expected.
+    """
+
+    tile: GemmTile
+    source: str
+    parts: int
+    blocks: int
+    padding: float
+    efficiency: float
+
+    def cost(self, multiprocessors: int) -> float:
+        """In proportion to the time that it takes."""
+        return math.ceil(self.blocks / multiprocessors) / self.blocks * self.padding / self.efficiency
+
+
+def _launch(
+    r: Request, kernel: str, rows: int, columns: int, *, products: int = 1, depth: int | None = None
+) -> _Launch:
+    """With the tile that wastes less, in its last wave and beyond the last column.
+
+    `products` have their right operand in common; a sum over `depth` may be split.
+    """
+    packaged, source = _gemm_tile(kernel, r.operands, r.gpu)
+    measured = measured_efficiency(r, kernel)
+
+    def launch(tile: GemmTile, source: str, rate: float) -> _Launch:
+        blocks = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
+        parts = 1 if depth is None else _parts(r, blocks, math.ceil(depth / tile.block_k))
+        padding = blocks * tile.block_m * tile.block_n / (rows * columns)
+        if measured is None:  # at most what the cache can feed, from which every block reads its operands
+            step_bytes = (products * tile.block_m + tile.block_n) * r.itemsize
+            fed = r.device.cached_bandwidth(True) * 2 * products * tile.block_m * tile.block_n / step_bytes
+            efficiency = min(EFFICIENCY * rate, fed / r.device.rate(r.dtype, r.precision))
+        else:
+            efficiency = measured[0] * rate
+        return _Launch(tile, source, parts, blocks * parts, padding, efficiency)
+
+    whole = launch(packaged, source, 1.0)
+    if packaged.block_n // 2 < SMALLEST_HALF or measured is not None or source.startswith("user config"):
+        return whole
+    narrow = dataclasses.replace(packaged, block_n=packaged.block_n // 2)
+    half = launch(narrow, f"{source}, half of its columns", HALF_TILE_RATE)
+    if r.d * r.itemsize % 4:  # rows that are loaded number by number: the registers of addresses spill in larger tiles
+        return half
+    return min(whole, half, key=lambda one: one.cost(r.multiprocessors))
 
 
 def _sum_bytes(r: Request, parts: int, rows: int, columns: int, steps: int) -> int:
@@ -150,39 +207,30 @@ def _sum_bytes(r: Request, parts: int, rows: int, columns: int, steps: int) -> i
 
 
 def _product(
-    r: Request,
-    kernel: str,
-    *,
-    products: int,
-    rows: int,
-    columns: int,
-    launches: int,
-    workspace: int,
-    traffic: _Traffic,
-    parts: int = 1,
+    r: Request, kernel: str, how: _Launch, *, products: int, launches: int, workspace: int, traffic: _Traffic
 ) -> Pass:
-    """One kernel over all chunks; each launch makes ``[rows, columns]`` in `parts` parts."""
-    tile, source = _gemm_tile(kernel, r.dtype_name, r.gpu)
+    """One kernel over all chunks."""
     flops = 2 * products * r.ndh
     predicted = kernel_ms(
         r,
-        flops=flops,
-        efficiency=efficiency(r, kernel, EFFICIENCY),
+        flops=flops * how.padding,
+        efficiency=how.efficiency,
         memory_bytes=traffic.streamed,
         exposed_seconds=traffic.exposed_seconds,
-        blocks=_blocks(tile, rows, columns) * parts,
+        blocks=how.blocks,
         launches=launches,
     )
-    return Pass(kernel, tile, source, parts, flops, int(traffic.memory), workspace, predicted)
+    return Pass(kernel, how.tile, how.source, how.parts, flops, int(traffic.memory), workspace, predicted)
 
 
 def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     s, steps_n, steps_h = r.itemsize, math.ceil(r.n / rows), math.ceil(r.h / latents)
     launches = steps_n * steps_h
     chunk_bytes = rows * latents * s
-    parts = _parts(r, "chunk_decode", rows, r.d, latents)
-    sums = _sum_bytes(r, parts, rows, r.d, steps_h)
-    tile, _ = _gemm_tile("chunk_encode", r.dtype_name, r.gpu)
+    how_encode = _launch(r, "chunk_encode", rows, latents)
+    how_decode = _launch(r, "chunk_decode", rows, r.d, depth=latents)
+    sums = _sum_bytes(r, how_decode.parts, rows, r.d, steps_h)
+    tile = how_encode.tile
     stats = stats_bytes(r, rows, latents, math.ceil(latents / tile.block_n), math.ceil(rows / tile.block_m))
     workspace = sums + stats + (0 if keep else chunk_bytes)
 
@@ -198,12 +246,11 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     decode.expose(2 * sums * steps_n * steps_h, sums)
     return (
         _product(
-            r, "chunk_encode", products=1, rows=rows, columns=latents,
-            launches=launches * (1 + STATS_LAUNCHES * r.stats), workspace=workspace, traffic=encode,
+            r, "chunk_encode", how_encode, products=1, launches=launches * (1 + STATS_LAUNCHES * r.stats),
+            workspace=workspace, traffic=encode,
         ),
         _product(
-            r, "chunk_decode", products=1, rows=rows, columns=r.d, launches=launches, workspace=workspace,
-            traffic=decode, parts=parts,
+            r, "chunk_decode", how_decode, products=1, launches=launches, workspace=workspace, traffic=decode,
         ),
     )  # fmt: skip
 
@@ -224,13 +271,13 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
     chunk_bytes = rows * latents * s
     buffers = 1 if keep or not grad_weight else 2  # ā, and h where it is recomputed and needed
     held = buffers * chunk_bytes
-    parts_x = _parts(r, "chunk_decode", rows, r.d, latents)
-    parts_w = _parts(r, "chunk_weight_grad", latents, r.d, rows)
+    how_latent = _launch(r, "chunk_latent", rows, latents, products=1 if keep else 2)
+    how_x = _launch(r, "chunk_decode", rows, r.d, depth=latents)
+    how_w = _launch(r, "chunk_weight_grad", latents, r.d, depth=rows)
     summed_rows = r.n if grad_weight else rows
-    sum_x = _sum_bytes(r, parts_x, summed_rows, r.d, steps_h) if grad_x else 0
-    sum_w = _sum_bytes(r, parts_w, latents, r.d, steps_n) if grad_weight else 0
-    block_rows = _gemm_tile("chunk_latent", r.dtype_name, r.gpu)[0].block_m
-    sum_bias = steps_n * math.ceil(rows / block_rows) * latents * 4 if grad_weight else 0
+    sum_x = _sum_bytes(r, how_x.parts, summed_rows, r.d, steps_h) if grad_x else 0
+    sum_w = _sum_bytes(r, how_w.parts, latents, r.d, steps_n) if grad_weight else 0
+    sum_bias = steps_n * math.ceil(rows / how_latent.tile.block_m) * latents * 4 if grad_weight else 0
     workspace = held + sum_x + sum_w + sum_bias
 
     latent = _Traffic(r)
@@ -242,8 +289,8 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         latent.expose(r.latent_bytes, r.latent_bytes)
     passes = [
         _product(
-            r, "chunk_latent", products=1 if keep else 2, rows=rows, columns=latents, launches=launches,
-            workspace=workspace, traffic=latent,
+            r, "chunk_latent", how_latent, products=1 if keep else 2, launches=launches, workspace=workspace,
+            traffic=latent,
         )
     ]  # fmt: skip
     if grad_weight:
@@ -254,8 +301,7 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         weight.expose(2 * sum_w * steps_h * steps_n, sum_w)
         passes.append(
             _product(
-                r, "chunk_weight_grad", products=2, rows=latents, columns=r.d, launches=launches,
-                workspace=workspace, traffic=weight, parts=parts_w,
+                r, "chunk_weight_grad", how_w, products=2, launches=launches, workspace=workspace, traffic=weight,
             )
         )  # fmt: skip
     if grad_x:
@@ -266,8 +312,7 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         decode.expose(2 * sum_x * steps_h * (1 if grad_weight else steps_n), sum_x)
         passes.append(
             _product(
-                r, "chunk_decode", products=1, rows=rows, columns=r.d, launches=launches,
-                workspace=workspace, traffic=decode, parts=parts_x,
+                r, "chunk_decode", how_x, products=1, launches=launches, workspace=workspace, traffic=decode,
             )
         )  # fmt: skip
     return tuple(passes)

@@ -78,6 +78,11 @@ class Request:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def operands(self) -> str:
+        """As `tiles.lookup` names them: ``"tf32"`` where fp32 is multiplied as that, else the dtype's name."""
+        return tiles.operands(self.dtype_name, self.precision)
+
+    @property
     def ndh(self) -> int:
         """Multiply-adds of one product; 2NdH FLOPs."""
         return self.n * self.d * self.h
@@ -221,7 +226,7 @@ def stats_bytes(r: Request, rows: int, latents: int, row_parts: int, latent_part
 def measured_efficiency(r: Request, kernel: str) -> tuple[float, str] | None:
     """The fraction of the peak that `kernel` was measured to reach on this GPU, and which config says so."""
     size = r.h if kernel in tiles.BOTTLENECK_KERNELS else r.d
-    return tiles.measured_efficiency(kernel, size, r.dtype_name, r.gpu, r.in_force.config_dir)
+    return tiles.measured_efficiency(kernel, size, r.operands, r.gpu, r.in_force.config_dir)
 
 
 def efficiency(r: Request, kernel: str, assumed: float) -> float:

@@ -7,7 +7,8 @@ fp32 sums, [parts, N, d], are combined in a fixed order; they are small, and sta
 With the latent's statistics a program also writes, of its part of W, what it sums over each row, and for each latent
 what it sums over its tile of rows; these parts, too, are added up afterwards.
 
-Executed: the 2 products of 2NdH, with N rounded up to 16, 32 or 64 rows.
+Executed: the 2 products of 2NdH, with N rounded up to 16, 32 or 64 rows. Where there are fewer than 8 rows of W for a
+warp, or of 64 rows of x fewer than 16, warps repeat the first product: y of a wide d needs the registers of 8 warps.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from tiedfused.tiles import ARCHITECTURES, Tile
 
 MAX_ROWS = 64
 MAX_D = 2048
-# Of the peak, with 16 rows an instruction. Not measured, and of no weight where memory decides.
-EFFICIENCY = 0.25
+# Of the peak, with 16 rows an instruction. Not measured.
+EFFICIENCY = 0.4
 MOST_RESIDENT = 2
 
 
@@ -46,7 +47,7 @@ def forward(r: Request, keep: bool) -> Part | str:
         return "its kernel never stores the latent"
     bucket = next(name for name in tiles.FEW_ROWS_KERNELS if r.n <= int(name.rpartition("_")[2]))
     try:
-        tile, source = tiles.lookup(bucket, r.d, r.dtype_name, r.gpu)
+        tile, source = tiles.lookup(bucket, r.d, r.operands, r.gpu)
     except ValueError as error:
         return str(error)
     assert isinstance(tile, Tile)
@@ -70,7 +71,8 @@ def _pass(r: Request, bucket: str, tile: Tile, source: str, at_once: int) -> Pas
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     sums = parts * r.n * r.d * 4 if parts > 1 else 0
     sums += stats_bytes(r, r.n, r.h, parts, row_tiles)
-    flops = 4 * r.n * sum(tiles.block_d(r.d)) * r.h
+    encode, decode = tiles.repeats(bucket, tile, tiles.block_d(r.d), r.operands, r.gpu)
+    flops = int(2 * (encode + decode) * r.n * sum(tiles.block_d(r.d)) * r.h)
     predicted = kernel_ms(
         r,
         flops=flops * (row_tiles * tile.block_n / r.n),

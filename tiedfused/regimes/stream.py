@@ -24,6 +24,8 @@ from tiedfused.regimes.common import (
 from tiedfused.tiles import Tile
 
 MAX_D = 512
+# Of 2NdH FLOPs each: those with Wᵀ, and those that add to the result.
+PRODUCTS = {"forward": (1, 1), "input_grad": (2, 1), "weight_grad": (2, 2), "weight_grad_atomic": (2, 3)}
 # The fraction of the peak that each kernel is expected to reach where d is at least this: published rates of kernels
 # of the kind on an H100 (attention forward in Triton 0.48, its backward 0.40, both at d 128; d 512 0.40 and 0.24).
 # Not measured here.
@@ -31,6 +33,8 @@ EFFICIENCY = {
     "forward": ((385, 0.40), (64, 0.50), (32, 0.40), (1, 0.25)),
     "backward": ((385, 0.25), (193, 0.36), (64, 0.40), (32, 0.30), (1, 0.20)),
 }
+# Of that, where fp32 is multiplied as tf32: what streams past is read through registers, and not copied ahead. Assumed.
+UNPIPELINED = 0.7
 
 
 def why_not(r: Request, keep: bool) -> str | None:
@@ -96,15 +100,15 @@ def _part(r: Request, keep: bool, kernels: tuple[str, ...]) -> Part | str:
 
 def _pass(r: Request, kernel: str) -> Pass:
     """One kernel's tile, split and cost. Raises ValueError if no tile fits."""
-    tile, source = tiles.lookup(kernel, r.d, r.dtype_name, r.gpu)
+    tile, source = tiles.lookup(kernel, r.d, r.operands, r.gpu)
     assert isinstance(tile, Tile)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
-    # products of 2NdH each, and what is read (ō beside x in a backward pass) and written
-    products, bytes_moved = {
-        "forward": (2, x + w + x),
-        "input_grad": (3, 2 * x + w + x),
-        "weight_grad": (4, 2 * x + w + w),
-        "weight_grad_atomic": (5, 2 * x + w + w + x),
+    # what is read (ō beside x in a backward pass) and written
+    bytes_moved = {
+        "forward": x + w + x,
+        "input_grad": 2 * x + w + x,
+        "weight_grad": 2 * x + w + w,
+        "weight_grad_atomic": 2 * x + w + w + x,
     }[kernel]
     # x̄ is added up in fp32
     workspace = r.n * r.d * 4 if kernel == "weight_grad_atomic" else 0
@@ -126,9 +130,12 @@ def _pass(r: Request, kernel: str) -> Pass:
         launches = math.ceil(blocks / at_once) * (launches + STATS_LAUNCHES)
         stats_of_all = stats_bytes(r, r.n, r.h, parts, blocks)
         stats_at_once = stats_bytes(r, min(r.n, at_once * tile.block_n), r.h, parts, at_once)
-    # the padding to whole tiles, here of d and below of a few rows, is work like any other
-    flops = 2 * products * r.n * sum(tiles.block_d(r.d)) * r.h
+    # the padding to whole tiles, here of d and below of a few rows, is work like any other, and so is what warps repeat
+    times = tiles.repeats(kernel, tile, tiles.block_d(r.d), r.operands, r.gpu)
+    products = sum(count * repeated for count, repeated in zip(PRODUCTS[kernel], times, strict=True))
+    flops = int(2 * products * r.n * sum(tiles.block_d(r.d)) * r.h)
     assumed = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
+    assumed *= UNPIPELINED if r.operands == "tf32" else 1
     predicted = kernel_ms(
         r,
         flops=flops * (blocks * fixed[1] / fixed[0]),

@@ -31,6 +31,7 @@ def chunk_decode_kernel(
     OUTPUT_ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_H: tl.constexpr,
+    NO_PART_EMPTY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     LATENT_ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,13 +57,18 @@ def chunk_decode_kernel(
         total = tl.load(sum_ptrs, mask=mask, other=0.0)
     else:
         total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    latent_offs = rows * stride_latent + offs_h[None, :]
+    w_offs = offs_h.to(tl.int64)[:, None] * stride_w + offs_d[None, :]
     part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
-    for h0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, H), BLOCK_H):
+    start, end = part * part_size, tl.minimum((part + 1) * part_size, H)
+    # see grid.part_of; the last, smaller chunk may have fewer steps than parts; sums that were read need no copy
+    if NO_PART_EMPTY and sum_ptr is None:
+        tl.assume(end > start)
+    for h0 in tl.range(start, end, BLOCK_H):
         mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H - h0
-        latent_ptrs = latent_ptr + rows * stride_latent + h0 + offs_h[None, :]
-        latent = tl.load(latent_ptrs, mask=mask_h[None, :], other=0.0)  # [BLOCK_N, BLOCK_H]
-        w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64)[:, None] * stride_w + offs_d[None, :]
-        w = tl.load(w_ptrs, mask=mask_h[:, None] & mask_d, other=0.0)  # [BLOCK_H, BLOCK_D]
+        latent = tl.load(latent_ptr + h0 + latent_offs, mask=mask_h[None, :], other=0.0)  # [BLOCK_N, BLOCK_H]
+        w_tile = w_ptr + tl.cast(h0, tl.int64) * stride_w
+        w = tl.load(w_tile + w_offs, mask=mask_h[:, None] & mask_d, other=0.0)  # [BLOCK_H, BLOCK_D]
         total = tl.dot(latent, w, total, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
 
     if bias_dec_ptr is not None:
@@ -117,6 +123,8 @@ def chunk_decode(
         OUTPUT_ACTIVATION=output_activation.triton[0],
         PRECISION=precision,
         EVEN_H=H % tile.block_k == 0,
+        # parts of whole steps: 5 steps in 4 parts are 2, 2, 1 and none
+        NO_PART_EMPTY=(split - 1) * triton.cdiv(triton.cdiv(H, tile.block_k), split) < triton.cdiv(H, tile.block_k),
         ALIGNMENT=alignment(weight),
         LATENT_ALIGNMENT=alignment(latent),
         BLOCK_N=tile.block_m,

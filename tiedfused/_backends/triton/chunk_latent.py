@@ -69,6 +69,8 @@ def chunk_latent_kernel(
 
     a = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     grad_h = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    # see grid.part_of
+    tl.assume(D > 0)
     for d0 in tl.range(0, D, BLOCK_D):
         mask_d = tl.full([1, BLOCK_D], True, tl.int1) if EVEN_D else (offs_d < D - d0)[None, :]
         columns = d0 + offs_d[None, :]

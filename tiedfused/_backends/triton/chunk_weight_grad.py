@@ -12,6 +12,29 @@ from tiedfused.tiles import GemmTile
 
 
 @triton.jit
+def add_product(
+    total, left_ptr, right_ptr, start, end, H, D, stride_left, stride_right, offs_h, offs_d,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``total + leftᵀ right`` of the rows from `start` to `end`, for latents `offs_h` and columns `offs_d`."""
+    offs_n = tl.arange(0, BLOCK_N)
+    rows = offs_n.to(tl.int64)[:, None]
+    mask_h = (offs_h < H)[:, None]
+    mask_d = (offs_d < D)[None, :]
+    # loaded transposed: the transpose of a loaded tile as the left operand keeps mma kernels from pipelining it
+    left_offs = rows.T * stride_left + offs_h[:, None]
+    right_offs = rows * stride_right + offs_d[None, :]
+    for n0 in tl.range(start, end, BLOCK_N):
+        mask_n = tl.full([BLOCK_N, 1], True, tl.int1) if EVEN_N else (offs_n < end - n0)[:, None]
+        left_tile = left_ptr + tl.cast(n0, tl.int64) * stride_left
+        left = tl.load(left_tile + left_offs, mask=mask_h & mask_n.T, other=0.0)  # [BLOCK_H, BLOCK_N]
+        right_tile = right_ptr + tl.cast(n0, tl.int64) * stride_right
+        right = tl.load(right_tile + right_offs, mask=mask_n & mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+        total = tl.dot(left, right, total, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
+    return total
+
+
+@triton.jit
 def chunk_weight_grad_kernel(
     grad_a_ptr,
     h_ptr,
@@ -46,10 +69,7 @@ def chunk_weight_grad_kernel(
     block_h, block_d = block_of(tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.cdiv(D, BLOCK_D), GROUP)
     offs_h = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_n = tl.arange(0, BLOCK_N)
     mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
-    mask_h = (offs_h < H)[:, None]
-    mask_d = (offs_d < D)[None, :]
 
     part_offset = tl.cast(part, tl.int64) * stride_part
     latents = offs_h.to(tl.int64)[:, None]
@@ -58,18 +78,16 @@ def chunk_weight_grad_kernel(
     else:
         total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     part_size = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    for n0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, N), BLOCK_N):
-        mask_n = tl.full([BLOCK_N, 1], True, tl.int1) if EVEN_N else (offs_n < N - n0)[:, None]
-        rows = (n0 + offs_n).to(tl.int64)[:, None]
-        # loaded transposed: the transpose of a loaded tile as the left operand keeps mma kernels from pipelining it
-        grad_a_ptrs = grad_a_ptr + rows.T * stride_grad_a + offs_h[:, None]
-        grad_a_t = tl.load(grad_a_ptrs, mask=mask_h & mask_n.T, other=0.0)  # [BLOCK_H, BLOCK_N]
-        x = tl.load(x_ptr + rows * stride_x + offs_d[None, :], mask=mask_n & mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        total = tl.dot(grad_a_t, x, total, input_precision=PRECISION)  # [BLOCK_H, BLOCK_D]
-        h_ptrs = h_ptr + rows.T * stride_h + offs_h[:, None]
-        h_t = tl.load(h_ptrs, mask=mask_h & mask_n.T, other=0.0)  # [BLOCK_H, BLOCK_N]
-        grad_pre = tl.load(grad_pre_ptr + rows * stride_grad_pre + offs_d[None, :], mask=mask_n & mask_d, other=0.0)
-        total = tl.dot(h_t, grad_pre, total, input_precision=PRECISION)
+    start, end = part * part_size, tl.minimum((part + 1) * part_size, N)
+    # one term after the other: both in one loop would wait for each product before the next adds to it
+    total = add_product(
+        total, grad_a_ptr, x_ptr, start, end, H, D, stride_grad_a, stride_x, offs_h, offs_d,
+        PRECISION, EVEN_N, BLOCK_N,
+    )  # fmt: skip
+    total = add_product(
+        total, h_ptr, grad_pre_ptr, start, end, H, D, stride_h, stride_grad_pre, offs_h, offs_d,
+        PRECISION, EVEN_N, BLOCK_N,
+    )  # fmt: skip
 
     out_ptrs = out_ptr + part_offset + latents * stride_out + offs_d[None, :]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -13,6 +13,7 @@ from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
+from tiedfused._backends.triton.grid import part_of
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.reference import LatentStats
@@ -62,28 +63,28 @@ def forward_kernel(
     else:
         x_ptrs = x_ptr + rows.numbers(n0, N, BLOCK_N) * stride_x
         x = rows.load(x_ptrs, None, D, EVEN_D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        offs_w = offs_h.to(tl.int64) * stride_w
     y = rows.zeros(BLOCK_N, BLOCK_D)
     if l1_ptr is not None:
         l1 = tl.zeros([BLOCK_N], tl.float32)
         l0 = tl.zeros([BLOCK_N], tl.int32)
         row_tile = tl.program_id(0).to(tl.int64)
 
-    part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
-    end = tl.minimum((part + 1) * part_size, H)
-    for h0 in tl.range(part * part_size, end, BLOCK_H, warp_specialize=WARP_SPECIALIZE):
+    start, end = part_of(part, tl.num_programs(1), H, BLOCK_H, WARP_SPECIALIZE)
+    for h0 in tl.range(start, end, BLOCK_H, warp_specialize=WARP_SPECIALIZE):
         mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H - h0
         if WARP_SPECIALIZE:
             w = rows.load_described(w_tiles, h0, BLOCK_D)
         else:
-            w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64) * stride_w
+            w_ptrs = w_ptr + tl.cast(h0, tl.int64) * stride_w + offs_w
             w = rows.load(w_ptrs, mask_h, D, EVEN_D, BLOCK_D)  # [BLOCK_H, BLOCK_D]
         a = rows.dot_transposed(x, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         if bias_enc_ptr is not None:
             if WARP_SPECIALIZE:
-                bias_enc = bias_enc_tiles.load([h0])
+                a += bias_enc_tiles.load([h0]).to(tl.float32)[None, :]
             else:
                 bias_enc = tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0)
-            a += bias_enc.to(tl.float32)[None, :]
+                a = rows.add_bias(a, bias_enc[None, :])
         h = tl.where(mask_h[None, :], ACTIVATION(a), 0.0).to(w_ptr.dtype.element_ty)
         if l1_ptr is not None:
             seen = tl.where(mask_n[:, None], h.to(tl.float32), 0.0)
@@ -126,7 +127,7 @@ def forward(
         activation: f, an entry with a Triton pair.
         output_activation: g, an entry with a Triton pair; applied in fp32.
         tile: rows of x and of W a program holds at a time; warp-specialised only if TMA can read the operands.
-        split: into how many parts H is divided; their fp32 sums are added in a fixed order.
+        split: into how many parts H is divided, at most its tiles; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
         stats: the statistics of the latent as it is decoded, rounded to the dtype of `x`, are added to it (see
             `tiedfused._backends`); or None.
@@ -178,6 +179,7 @@ def _launch(
     N, D = x.shape
     H = weight.shape[0]
     partial = y if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
+    assert split <= triton.cdiv(H, tile.block_h)
     widths = block_d(D)
     if tile.warp_specialize and not describable(x, weight, bias_enc):
         tile = tile.plain()

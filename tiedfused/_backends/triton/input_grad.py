@@ -10,6 +10,7 @@ from torch import Tensor
 from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.grid import part_of
 from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -52,15 +53,17 @@ def input_grad_kernel(
     if grad_l1_ptr is not None:
         grad_l1 = tl.load(grad_l1_ptr + row)[:, None]
     grad_x = rows.zeros(BLOCK_N, BLOCK_D)
+    offs_w = offs_h.to(tl.int64) * stride_w
 
-    part_size = tl.cdiv(tl.cdiv(H, BLOCK_H), tl.num_programs(1)) * BLOCK_H
-    for h0 in tl.range(part * part_size, tl.minimum((part + 1) * part_size, H), BLOCK_H):
+    start, end = part_of(part, tl.num_programs(1), H, BLOCK_H, SPECIALIZED=False)
+    for h0 in tl.range(start, end, BLOCK_H):
         mask_h = tl.full([BLOCK_H], True, tl.int1) if EVEN_H else offs_h < H - h0
-        w_ptrs = w_ptr + (h0 + offs_h).to(tl.int64) * stride_w
+        w_ptrs = w_ptr + tl.cast(h0, tl.int64) * stride_w + offs_w
         w = rows.load(w_ptrs, mask_h, D, EVEN_D, BLOCK_D)  # [BLOCK_H, BLOCK_D]
         a = rows.dot_transposed(x, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         if bias_enc_ptr is not None:
-            a += tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+            bias_enc = tl.load(bias_enc_ptr + h0 + offs_h, mask=mask_h, other=0.0)
+            a = rows.add_bias(a, bias_enc[None, :])
         grad_h = rows.dot_transposed(grad_pre, w, PRECISION)  # [BLOCK_N, BLOCK_H]
         h = ACTIVATION(a)
         slope = DERIVATIVE(a, h)
@@ -101,7 +104,7 @@ def input_grad(
         grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
         tile: rows of x and of W a program holds at a time.
-        split: into how many parts H is divided; their fp32 sums are added in a fixed order.
+        split: into how many parts H is divided, at most its tiles; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
 
     Returns:
@@ -112,6 +115,7 @@ def input_grad(
     H = weight.shape[0]
     grad_x = torch.empty((N, D), dtype=x.dtype, device=x.device)
     partial = grad_x if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
+    assert split <= triton.cdiv(H, tile.block_h)
     widths = block_d(D)
     input_grad_kernel[(triton.cdiv(N, tile.block_n), split)](
         grad_pre_ptr=grad_pre,

@@ -108,6 +108,16 @@ def dot_add(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_bias(product, bias):
+    """``product + bias``, never as the accumulator that the product starts from.
+
+    Triton would fold a plain addition into the product, and ptxas then waits for each of its wgmma instructions before
+    the next, since ordinary instructions write their accumulator. Not so in specialised warps: it saves them registers.
+    """
+    return tl.fma(product, 1.0, bias.to(tl.float32))
+
+
+@triton.jit
 def finish(sums, bias_ptr, ACTIVATION: tl.constexpr, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The activation of rows of `sums` plus the bias [D], or None."""
     tiles = ()

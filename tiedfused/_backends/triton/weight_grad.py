@@ -17,6 +17,7 @@ from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
+from tiedfused._backends.triton.grid import part_of
 from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -83,9 +84,8 @@ def weight_grad_kernel(
     is_x = pair % 2 == 0
     pair_ptr = tl.where(is_x, x_ptr, grad_pre_ptr)
     pair_stride = tl.where(is_x, stride_x, stride_grad_pre).to(tl.int64)
-    part_size = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    end = tl.minimum((part + 1) * part_size, N)
-    for n0 in tl.range(part * part_size, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+    start, end = part_of(part, tl.num_programs(1), N, BLOCK_N, WARP_SPECIALIZE)
+    for n0 in tl.range(start, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         mask_n = tl.full([BLOCK_N], True, tl.int1) if EVEN_N else offs_n < N - n0
         mask_pair = tl.full([2 * BLOCK_N], True, tl.int1) if EVEN_N else pair_n < N - n0
         mask_hn = mask_h[:, None] & mask_n[None, :]
@@ -157,7 +157,7 @@ def weight_grad(
         grad_total: [H] fp32, contiguous, or None: added to h̄.
         activation: f, an entry with a Triton pair.
         tile: rows of W and of x a program holds at a time; warp-specialised only if TMA can read the operands.
-        split: into how many parts N is divided; their fp32 sums are added in a fixed order.
+        split: into how many parts N is divided, at most its tiles; their fp32 sums are added in a fixed order.
         precision: "ieee" or "tf32", for fp32 inputs.
         grad_x: [N, d] fp32, contiguous, zeroed: the same pass then adds x̄ to it with atomics, in no fixed order.
 
@@ -174,6 +174,7 @@ def weight_grad(
     else:
         partial_w = torch.empty((split, H, D), dtype=torch.float32, device=x.device)
         partial_bias_enc = torch.empty((split, H), dtype=torch.float32, device=x.device)
+    assert split <= triton.cdiv(N, tile.block_n)
     widths = block_d(D)
     if tile.warp_specialize and not describable(grad_pre, x, weight, bias_enc):
         tile = tile.plain()
