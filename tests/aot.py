@@ -58,30 +58,55 @@ class Compiled:
         name: the kernel's function name.
         registers: per thread.
         stack_bytes: per thread; spilled registers live there.
-        loop_spills: how many instructions inside loops move registers to and from there.
         shared_bytes: per block.
         wgmma, mma, tcgen05: how many tensor-core instructions of each family the PTX holds.
         tma: how many TMA copies the PTX holds.
-        serialized: whether the wgmma instructions of a product wait for each other, which ptxas has them do where
-            ordinary instructions write their accumulator meanwhile.
-        step_flops: of the tensor-core instructions that a program executes in its loops, each taken once.
+        products: how many groups of wgmma instructions the PTX holds, of a product each.
         specialized: whether groups of warps run different code.
+        warps: of a block.
         ttgir: the kernel after layout assignment and pipelining.
+        cubin: the machine code.
     """
 
     name: str
     registers: int
     stack_bytes: int
-    loop_spills: int
     shared_bytes: int
     wgmma: int
     mma: int
     tcgen05: int
     tma: int
-    serialized: bool
-    step_flops: int
+    products: int
     specialized: bool
+    warps: int
     ttgir: str
+    cubin: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _sass(self) -> str:
+        return _dump(self.cubin, "--dump-sass")
+
+    @property
+    def loop_spills(self) -> int:
+        """How many instructions inside loops move registers to and from the stack."""
+        return len(_in_loops(self._sass, r"\b(STL|LDL)\b")) if self.stack_bytes else 0
+
+    @property
+    def serialized(self) -> bool:
+        """Whether the wgmma instructions of a product wait for each other, which ptxas has them do where ordinary
+        instructions write their accumulator meanwhile. Else they are one group, which the last of them ends.
+        """
+        return self.wgmma > 0 and len(re.findall(r"HGMMA.*gsb0", self._sass)) > self.products
+
+    @property
+    def step_flops(self) -> int:
+        """Of the tensor-core instructions that a program executes in its loops, each taken once: HGMMA.64xNxK of four
+        warps; HMMA.16816 and HMMA.1688 of one.
+        """
+        wgmma = (m.groups() for m in _in_loops(self._sass, r"HGMMA\.64x(\d+)x(\d+)"))
+        mma = (m[1] for m in _in_loops(self._sass, r"HMMA\.168(16|8)\b"))
+        flops = sum(2 * 64 * int(n) * int(k) // 4 for n, k in wgmma) + sum(2 * 16 * 8 * int(k) for k in mma)
+        return self.warps * flops
 
 
 @contextlib.contextmanager
@@ -105,61 +130,41 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], capability: int) ->
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def dump(what: str) -> str:
-            return subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = dump("--dump-resource-usage")
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found is not None, usage
-        sass = dump("--dump-sass")
+    usage = _dump(compiled.asm["cubin"], "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
     ptx = compiled.asm["ptx"]
-    code, loops = _loops(sass)
     return Compiled(
         name=kernel.__name__,
         registers=int(found[1]),
         stack_bytes=int(found[2]),
-        loop_spills=len(_in(loops, r"\b(STL|LDL)\b", code)),
         shared_bytes=compiled.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
         tcgen05=ptx.count("tcgen05.mma"),
         tma=ptx.count("cp.async.bulk.tensor"),
-        # a product's instructions are one group, which its last one ends
-        serialized=len(re.findall(r"HGMMA.*gsb0", sass)) > ptx.count("wgmma.commit_group"),
-        step_flops=_step_flops(loops, code, arguments["num_warps"]),
+        products=ptx.count("wgmma.commit_group"),
         specialized="ttg.warp_specialize(" in compiled.asm["ttgir"] and "setmaxnreg" in ptx,
+        warps=arguments["num_warps"],
         ttgir=compiled.asm["ttgir"],
+        cubin=compiled.asm["cubin"],
     )
 
 
-_Code = list[tuple[int, str]]
-_Loops = list[tuple[int, int]]
+def _dump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _loops(sass: str) -> tuple[_Code, _Loops]:
-    """Instructions by address, and loops: what lies between a branch backwards and its target."""
+def _in_loops(sass: str, pattern: str) -> list[re.Match[str]]:
+    """Instructions that match, in any loop: what lies between a branch backwards and its target."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]
     branches = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text))]
-    return code, [(to, at) for to, at in branches if to < at]
-
-
-def _in(loops: _Loops, pattern: str, code: _Code) -> list[re.Match[str]]:
-    """Instructions that match, in any of the loops."""
+    loops = [(to, at) for to, at in branches if to < at]
     inside = (text for at, text in code if any(first <= at <= last for first, last in loops))
     return [match for text in inside if (match := re.search(pattern, text))]
-
-
-def _step_flops(loops: _Loops, code: _Code, warps: int) -> int:
-    """HGMMA.64xNxK of four warps; HMMA.16816 and HMMA.1688 of one."""
-    wgmma = sum(
-        2 * 64 * int(n) * int(k) // 4 for n, k in (m.groups() for m in _in(loops, r"HGMMA\.64x(\d+)x(\d+)", code))
-    )
-    mma = sum(2 * 16 * 8 * int(m[1]) for m in _in(loops, r"HMMA\.168(16|8)\b", code))
-    return warps * (wgmma + mma)
 
 
 @functools.cache
