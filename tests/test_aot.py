@@ -223,6 +223,7 @@ def test_bottleneck_kernel(kernel: str, capability: int, itemsize: int, h: int) 
     (compiled,) = compile_kernel(kernel, tile, 784, dtype, capability, latents=h)
     assert_fits(compiled, kernel, tile, 16, itemsize, capability)
     assert compiled.stack_bytes == 0
+    assert not compiled.serialized
     assert compiled.mma + compiled.wgmma + compiled.tcgen05 > 0
     if itemsize == 2:
         assert resources(kernel, tile, block_d(16), 2, capability).shared_bytes <= 1.05 * compiled.shared_bytes

@@ -11,6 +11,7 @@ import math
 
 from tiedfused import tiles
 from tiedfused.regimes.common import (
+    L2_SHARE,
     STATS_LAUNCHES,
     Part,
     Pass,
@@ -141,7 +142,7 @@ def _pass(r: Request, kernel: str) -> Pass:
         flops=flops * (blocks * fixed[1] / fixed[0]),
         efficiency=efficiency(r, kernel, assumed),
         memory_bytes=bytes_moved,
-        exposed_seconds=2 * stats_of_all / r.device.cached_bandwidth(stats_at_once <= r.device.l2_bytes / 2),
+        exposed_seconds=2 * stats_of_all / r.device.cached_bandwidth(stats_at_once <= r.device.l2_bytes * L2_SHARE),
         blocks=(at_once if at_once % r.multiprocessors else blocks) * parts,
         launches=launches,
     )
