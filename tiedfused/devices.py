@@ -77,7 +77,6 @@ def multiprocessors(index: int | None) -> int | None:
     return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else None
 
 
-@torch.compiler.assume_constant_result
 def cuda_capability(index: int | None) -> int:
     """Compute capability as one integer (90 for 9.0) of a CUDA device; where there is none, `DEFAULT_CAPABILITY`."""
     if not torch.cuda.is_available():

@@ -24,7 +24,6 @@ from tiedfused.op import (
     apply_encode_decode,
     apply_encode_decode_stats,
     forward_with_stats,
-    keeps_latent_for,
     kernel_layout,
     plan_for,
 )
@@ -241,7 +240,11 @@ def _dispatched(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     operands = (x, weight, bias_enc, bias_dec)
     grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    save_latent = grad and keeps_latent_for(rows, weight, f, recompute, return_stats)
+    save_latent = False
+    if grad:
+        from tiedfused.tracing import keeps_latent_for  # here: it imports torch._dynamo
+
+        save_latent = keeps_latent_for(rows, weight, f, recompute, return_stats)
     op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
     z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
     y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
