@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from tiedfused import settings, tiles
+from tiedfused.benchmark.kernels import REGIMES
 from tiedfused.cli import app
 from tiedfused.planning import Plan, make_plan, plan
-from tiedfused.tiles import GemmTile, LatentTile, Tile, lookup
+from tiedfused.tiles import AnyTile, GemmTile, LatentTile, Tile, lookup
 
 GPU = "nvidia-h100-80gb-hbm3"
 TILES = [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)]
@@ -36,13 +37,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
     monkeypatch.setattr(tiles, "_gpu", lambda capability: GPU if capability == 90 else None)
     with settings.override(config_dir=str(user)):
         yield user, packaged
-    tiles._lookup.cache_clear()
+    lookup.cache_clear()
 
 
 def found(capability: int = 90, d: int = 100) -> tuple[Tile, str]:
-    tiles._lookup.cache_clear()
+    lookup.cache_clear()
     tiles._config.cache_clear()
-    return lookup("forward", d, "bfloat16", capability)
+    return lookup("forward", d, "bfloat16", capability, settings.current().config_dir)
 
 
 def test_order(folders: tuple[Path, Path]) -> None:
@@ -116,10 +117,34 @@ def test_every_class_of_tile(folders: tuple[Path, Path]) -> None:
     }
     entries = {kernel: {"2": {key: list(astuple(tile))}} for (kernel, _, key), tile in wanted.items()}
     file = config(folders[0] / "sm90.json", None, tiles=entries)
-    tiles._lookup.cache_clear()
+    lookup.cache_clear()
     tiles._config.cache_clear()
     for (kernel, size, _), tile in wanted.items():
-        assert lookup(kernel, size, "bfloat16", 90) == (tile, f"user config {file}")
+        assert lookup(kernel, size, "bfloat16", 90, str(file.parent)) == (tile, f"user config {file}")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n", "key", "tile"),
+    [
+        ("forward", 4096, "128", TILES[0]),
+        ("few_rows_16", 16, "128", Tile(16, 32, 4, 2)),
+        ("chunk_decode", 4096, "any", GemmTile(64, 64, 32, 4, 2)),
+        ("bottleneck_forward", 4096, "256", LatentTile(32, 256, 32, 4, 2)),
+    ],
+)
+def test_another_threads_folder_is_not_looked_into(
+    tmp_path: Path, fresh_plans: None, kernel: str, n: int, key: str, tile: AnyTile
+) -> None:
+    """A plan is kept under its request: if the settings change while it is made, it is still that request's."""
+    file = config(tmp_path / "sm90.json", None, tiles={kernel: {"2": {key: list(astuple(tile))}}})
+    problem: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "capability": 90, "grad": False}
+    with settings.override(regime=REGIMES[kernel]):
+        with settings.override(config_dir=str(tmp_path)):
+            request = plan(n, 128, 256, **problem).request
+        make_plan.cache_clear()
+        made, without = make_plan(request), plan(n, 128, 256, **problem)
+    assert {one.kernel: one.tile_source for one in made.passes}[kernel] == f"user config {file}"
+    assert not any("user config" in one.tile_source for one in without.passes)
 
 
 def test_a_measured_efficiency_replaces_the_assumed_one(folders: tuple[Path, Path]) -> None:
@@ -127,7 +152,7 @@ def test_a_measured_efficiency_replaces_the_assumed_one(folders: tuple[Path, Pat
     problem: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "capability": 90, "grad": False}
 
     def planned(**efficiency: float) -> Plan:
-        for cached in (tiles._lookup, tiles._config, tiles.measured_efficiency, make_plan):
+        for cached in (lookup, tiles._config, tiles.measured_efficiency, make_plan):
             cached.cache_clear()
         table = {kernel: {"2": {"any" if "chunk" in kernel else "256": e}} for kernel, e in efficiency.items()}
         config(folders[0] / "sm90.json", None, tiles={}, efficiency=table)

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiedfused import settings
-
 STREAM_KERNELS = ("forward", "input_grad", "weight_grad", "weight_grad_atomic")
 CHUNK_KERNELS = ("chunk_encode", "chunk_latent", "chunk_decode", "chunk_weight_grad")
 # the stream regime's forward, with tiles for at most that many rows
@@ -553,7 +551,8 @@ def _guesses(kernel: str, size: int, dtype: str, capability: int) -> Iterator[An
         tile = _shrunk(kernel, tile)
 
 
-def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile, str]:
+@functools.cache
+def lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str = "") -> tuple[AnyTile, str]:
     """The tile to launch `kernel` with.
 
     Args:
@@ -562,9 +561,10 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
             for every size.
         dtype: of x and W: "bfloat16", "float16" or "float32"; "tf32" for float32 that is multiplied as tf32.
         capability: compute capability, one of `ARCHITECTURES`.
+        user_dir: `Settings.config_dir` of the settings that count; empty for none.
 
     Returns:
-        The tile, and where it comes from, the first of: a user's config in `Settings.config_dir`, the packaged config
+        The tile, and where it comes from, the first of: a user's config in `user_dir`, the packaged config
         of the present GPU by its name, the packaged config of the architecture; where none has the width, an entry for
         wider rows, then named, in the same order; a heuristic that starts from a large tile, for an architecture
         without a packaged config from the tile of 8.0, and shrinks it until it fits. A file is read once in a process.
@@ -572,11 +572,6 @@ def lookup(kernel: str, size: int, dtype: str, capability: int) -> tuple[AnyTile
     Raises:
         ValueError: the dtype is another one, or no tile fits the architecture.
     """
-    return _lookup(kernel, size, dtype, capability, settings.current().config_dir)
-
-
-@functools.cache
-def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[AnyTile, str]:
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype: expected one of {', '.join(ITEMSIZE)}, got {dtype}")
     itemsize, widths = ITEMSIZE[dtype], padded(kernel, size)
@@ -606,7 +601,7 @@ def _lookup(kernel: str, size: int, dtype: str, capability: int, user_dir: str) 
 @functools.cache
 def measured_efficiency(kernel: str, size: int, dtype: str, capability: int, user_dir: str) -> tuple[float, str] | None:
     """The fraction of the device's peak that a config says `kernel` reached, and where it says so; `tiedfused tune`
-    writes it. Arguments and the order of the configs are those of `lookup`, `user_dir` is `Settings.config_dir`.
+    writes it. Arguments and the order of the configs are those of `lookup`.
     """
     key = config_key(kernel, size)
     for entries, source in _tables("efficiency", kernel, dtype, capability, user_dir):

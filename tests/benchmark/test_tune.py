@@ -121,11 +121,11 @@ def test_what_is_found_is_written_where_the_plan_looks(tmp_path: Path) -> None:
     config = {"status": "measured", "tiles": {}, "efficiency": {}, "measured": {}}
     for name, efficiency in (("first", 0.125), ("second", None)):
         tune._enter(config, index, shape, "bfloat16", tune.Found(tile, 1.0, tile, 1.0, 1, 1, efficiency))
-        tune._write(config, tmp_path / name / "sm90.json")
-        with settings.override(config_dir=str(tmp_path / name)):
+        file = tmp_path / name / "sm90.json"
+        tune._write(config, file)
+        with settings.override(config_dir=str(file.parent)):
             made = plan(*shape, dtype=torch.bfloat16, device="cuda", capability=90)
-            assert lookup("forward", 128, "bfloat16", 90) == (tile, f"user config {tmp_path / name / 'sm90.json'}")
-            assert ("12% of the peak measured" in str(made)) == (efficiency is not None and made.regime == "stream")
-            assert tiles.measured_efficiency("forward", 128, "bfloat16", 90, str(tmp_path / name)) == (
-                None if efficiency is None else (efficiency, f"user config {tmp_path / name / 'sm90.json'}")
-            )
+        assert ("12% of the peak measured" in str(made)) == (efficiency is not None and made.regime == "stream")
+        key, source = ("forward", 128, "bfloat16", 90, str(file.parent)), f"user config {file}"
+        assert lookup(*key) == (tile, source)
+        assert tiles.measured_efficiency(*key) == (None if efficiency is None else (efficiency, source))

@@ -33,7 +33,7 @@ SMALL = GemmTile(32, 16, 16, 4, 2)
 @pytest.fixture(params=["one chunk", "chunks", "split", "x apart"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> Iterator[str]:
     """Small tiles, and a plan that works in one chunk, in many, with split sums, or with x̄ in a sweep of its own."""
-    monkeypatch.setattr(chunked, "_gemm_tile", lambda kernel, dtype, capability: (SMALL, "test"))
+    monkeypatch.setattr(chunked, "lookup", lambda r, kernel: (SMALL, "test"))
     parts = 3 if request.param == "split" else 1
     monkeypatch.setattr(chunked, "_parts", lambda r, blocks, steps: parts)
 
@@ -69,7 +69,7 @@ def test_sizes(way: str, n: int, d: int, h: int) -> None:
 def test_tiles_of_more_rows_than_a_chunk(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As tuning may choose them: the sums of b̄_enc over a chunk's blocks must not share rows with the next chunk's."""
     tile = dataclasses.replace(SMALL, block_m=64)
-    monkeypatch.setattr(chunked, "_gemm_tile", lambda kernel, dtype, capability: (tile, "test"))
+    monkeypatch.setattr(chunked, "lookup", lambda r, kernel: (tile, "test"))
     assert_layer_matches(layer(recompute=True), problem(100, 24, 70))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tiedfused import settings, tiles
+from tiedfused import tiles
 from tiedfused.benchmark import kernels, tune
 from tiedfused.benchmark.peers import Operands
 from tiedfused.benchmark.shapes import Shape
@@ -125,8 +125,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # even under the name of an architecture it is not used
     path.rename(tmp_path / "sm90.json")
-    with settings.override(config_dir=str(tmp_path)), pytest.warns(UserWarning, match="interpreter, not measured"):
-        assert tiles.lookup("forward", 16, "float32", 90)[1] == "configs/sm90.json"
+    with pytest.warns(UserWarning, match="interpreter, not measured"):
+        assert tiles.lookup("forward", 16, "float32", 90, str(tmp_path))[1] == "configs/sm90.json"
 
 
 Calls = list[Callable[[], tuple[torch.Tensor, ...]]]

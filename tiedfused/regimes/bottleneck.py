@@ -23,7 +23,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from tiedfused import tiles
 from tiedfused.regimes.common import (
     L2_SHARE,
     STATS_LAUNCHES,
@@ -32,6 +31,7 @@ from tiedfused.regimes.common import (
     Request,
     efficiency,
     kernel_ms,
+    lookup,
     split,
     stats_bytes,
     why_not_triton,
@@ -90,7 +90,7 @@ def _fastest(r: Request, ways: tuple[tuple[Pass, ...], ...]) -> Part | str:
 
 
 def _fused(r: Request) -> Pass:
-    packaged, source = tiles.lookup("bottleneck_forward", r.h, r.operands, r.gpu)
+    packaged, source = lookup(r, "bottleneck_forward")
     assert isinstance(packaged, LatentTile)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     flops, bytes_moved = 4 * r.ndh, 2 * x + w
@@ -117,7 +117,7 @@ def _fused(r: Request) -> Pass:
 def _latent(r: Request, inputs: int, held: int) -> Pass:
     """h from x alone, or h and ā from x and ō (`inputs` 2)."""
     kernel = "bottleneck_latent_grad" if inputs == 2 else "bottleneck_latent"
-    packaged, source = tiles.lookup(kernel, r.h, r.operands, r.gpu)
+    packaged, source = lookup(r, kernel)
     assert isinstance(packaged, LatentTile)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     flops = 2 * inputs * r.ndh
@@ -149,7 +149,7 @@ def _latent(r: Request, inputs: int, held: int) -> Pass:
 
 
 def _weight_grad(r: Request, held: int) -> Pass:
-    tile, source = tiles.lookup("bottleneck_weight_grad", r.h, r.operands, r.gpu)
+    tile, source = lookup(r, "bottleneck_weight_grad")
     assert isinstance(tile, GemmTile)
     blocks = math.ceil(r.h / tile.block_m) * math.ceil(r.d / tile.block_n)
     parts = split(blocks, math.ceil(r.n / tile.block_k), r.multiprocessors)
@@ -172,7 +172,7 @@ def _weight_grad(r: Request, held: int) -> Pass:
 
 def _decode(r: Request, held: int) -> Pass:
     """y from h, or x̄ from ā."""
-    tile, source = tiles.lookup("bottleneck_decode", r.h, r.operands, r.gpu)
+    tile, source = lookup(r, "bottleneck_decode")
     assert isinstance(tile, GemmTile)
     blocks = math.ceil(r.n / tile.block_m) * math.ceil(r.d / tile.block_n)
     flops = 2 * r.ndh

@@ -14,7 +14,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from tiedfused import tiles
 from tiedfused.regimes.common import (
     L2_SHARE,
     STATS_LAUNCHES,
@@ -22,6 +21,7 @@ from tiedfused.regimes.common import (
     Pass,
     Request,
     kernel_ms,
+    lookup,
     measured_efficiency,
     split,
     stats_bytes,
@@ -133,12 +133,6 @@ class _Traffic:
         self.exposed_seconds += traffic / self.device.cached_bandwidth(cached)
 
 
-def _gemm_tile(kernel: str, dtype: str, capability: int) -> tuple[GemmTile, str]:
-    tile, source = tiles.lookup(kernel, 1, dtype, capability)
-    assert isinstance(tile, GemmTile)
-    return tile, source
-
-
 def _parts(r: Request, blocks: int, steps: int) -> int:
     """Into how many parts a sum over `steps` is split."""
     return min(MOST_PARTS, split(blocks, steps, r.multiprocessors))
@@ -176,7 +170,8 @@ def _launch(
 
     `products` have their right operand in common; a sum over `depth` may be split.
     """
-    packaged, source = _gemm_tile(kernel, r.operands, r.gpu)
+    packaged, source = lookup(r, kernel)
+    assert isinstance(packaged, GemmTile)
     measured = measured_efficiency(r, kernel)
 
     def launch(tile: GemmTile, source: str, rate: float) -> _Launch:

@@ -223,10 +223,20 @@ def stats_bytes(r: Request, rows: int, latents: int, row_parts: int, latent_part
     return (8 * rows * row_parts + 6 * latents * latent_parts) * r.stats
 
 
+def lookup(r: Request, kernel: str) -> tuple[AnyTile, str]:
+    """The tile to launch `kernel` with, and where it comes from. Raises ValueError if none fits."""
+    return tiles.lookup(*_of_tiles(r, kernel))
+
+
 def measured_efficiency(r: Request, kernel: str) -> tuple[float, str] | None:
     """The fraction of the peak that `kernel` was measured to reach on this GPU, and which config says so."""
+    return tiles.measured_efficiency(*_of_tiles(r, kernel))
+
+
+def _of_tiles(r: Request, kernel: str) -> tuple[str, int, str, int, str]:
+    """What `tiles.lookup` takes."""
     size = r.h if kernel in tiles.BOTTLENECK_KERNELS else r.d
-    return tiles.measured_efficiency(kernel, size, r.operands, r.gpu, r.in_force.config_dir)
+    return kernel, size, r.operands, r.gpu, r.in_force.config_dir
 
 
 def efficiency(r: Request, kernel: str, assumed: float) -> float:

@@ -23,6 +23,7 @@ from tiedfused.regimes.common import (
     Request,
     efficiency,
     kernel_ms,
+    lookup,
     stats_bytes,
     why_not_triton,
 )
@@ -47,7 +48,7 @@ def forward(r: Request, keep: bool) -> Part | str:
         return "its kernel never stores the latent"
     bucket = next(name for name in tiles.FEW_ROWS_KERNELS if r.n <= int(name.rpartition("_")[2]))
     try:
-        tile, source = tiles.lookup(bucket, r.d, r.operands, r.gpu)
+        tile, source = lookup(r, bucket)
     except ValueError as error:
         return str(error)
     assert isinstance(tile, Tile)

@@ -18,6 +18,7 @@ from tiedfused.regimes.common import (
     Request,
     efficiency,
     kernel_ms,
+    lookup,
     split,
     stats_bytes,
     why_not_triton,
@@ -101,7 +102,7 @@ def _part(r: Request, keep: bool, kernels: tuple[str, ...]) -> Part | str:
 
 def _pass(r: Request, kernel: str) -> Pass:
     """One kernel's tile, split and cost. Raises ValueError if no tile fits."""
-    tile, source = tiles.lookup(kernel, r.d, r.operands, r.gpu)
+    tile, source = lookup(r, kernel)
     assert isinstance(tile, Tile)
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
     # what is read (ō beside x in a backward pass) and written
