@@ -294,14 +294,18 @@ def shared_copies(ttgir: str, rows: int, columns: int) -> int:
     return sum(sorted(map(int, shape)) == sorted((rows, columns)) for shape in shapes)
 
 
+def dtype_name(entry: Packaged) -> str:
+    """What its kernel is compiled for, as `tiedfused.tiles.lookup` takes it."""
+    return {"2": "bfloat16", "4": "float32"}.get(entry.operands, entry.operands)
+
+
 def key(entry: Packaged) -> str:
     """The cells that name a packaged tile in the table of its architecture."""
     tile = entry.tile
     fields = dataclasses.asdict(tile)
     blocks = " × ".join(str(size) for name, size in fields.items() if name.startswith("block_"))
     specialized = ", warp-specialised" * fields.get("warp_specialize", False)
-    dtype = "tf32" if entry.operands == "tf32" else str(DTYPES[entry.itemsize]).removeprefix("torch.")
-    cells = [entry.kernel, entry.width, dtype, blocks]
+    cells = [entry.kernel, entry.width, dtype_name(entry), blocks]
     cells += [str(tile.num_warps), str(tile.num_stages), ("candidate" if entry.candidate else "in use") + specialized]
     return " | ".join(cells)
 

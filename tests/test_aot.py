@@ -22,6 +22,7 @@ from aot import (
     Compiled,
     compile_kernel,
     compile_packaged,
+    dtype_name,
     executed,
     key,
     precision_of,
@@ -77,12 +78,12 @@ def assert_fits(compiled: Compiled, kernel: str, tile: AnyTile, d: int, itemsize
     ids=lambda e: f"{e.kernel}-{e.capability}-{e.operands}-{e.width}",
 )
 def test_packaged_tile(entry: Packaged) -> None:
-    kernel, capability, operands, _, tile, candidate = entry
+    kernel, capability, _, _, tile, candidate = entry
     assert isinstance(tile, Tile)
     width, itemsize, dtype = int(entry.width), entry.itemsize, DTYPES[entry.itemsize]
     check_tile(kernel, tile, block_d(width), itemsize, capability)
     if not candidate:
-        found = lookup(kernel, width, {"2": "bfloat16", "4": "float32"}.get(operands, operands), capability)
+        found = lookup(kernel, width, dtype_name(entry), capability)
         assert found == (tile, f"configs/sm{capability}.json")
     (compiled,) = compile_kernel(kernel, tile, width, dtype, capability, precision=precision_of(entry))
     assert_fits(compiled, kernel, tile, width, itemsize, capability)
