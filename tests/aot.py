@@ -99,6 +99,12 @@ class Compiled:
         return self.wgmma > 0 and len(re.findall(r"HGMMA.*gsb0", self._sass)) > self.products
 
     @property
+    def loads_in_loops(self) -> bool:
+        """Whether loops load tiles into registers, where they would else copy them to shared memory ahead."""
+        loops = re.finditer(r"^( *)(?:%\S+ = )?scf\.for .*?^\1\}", self.ttgir, re.MULTILINE | re.DOTALL)
+        return any(re.search(r"tt\.load [^\n]*tensor<\d+x\d+x", loop[0]) for loop in loops)
+
+    @property
     def step_flops(self) -> int:
         """Of the tensor-core instructions that a program executes in its loops, each taken once: HGMMA.64xNxK of four
         warps; HMMA.16816 and HMMA.1688 of one.

@@ -29,6 +29,7 @@ from aot import (
     shared_copies,
 )
 
+from tiedfused import tiles
 from tiedfused.activations import activation_names
 from tiedfused.regimes.stream import PRODUCTS
 from tiedfused.tiles import (
@@ -92,6 +93,8 @@ def test_packaged_tile(entry: Packaged) -> None:
     assert_repeats_as_modelled(entry, compiled)
     assert compiled.specialized == tile.warp_specialize
     assert (compiled.tma > 0) == tile.warp_specialize
+    operands = tiles.operands(dtype_name(entry), precision_of(entry))
+    assert compiled.loads_in_loops == (not tiles.pipelined(kernel, tile, operands, capability))
     if itemsize == 2:
         modelled = resources(kernel, tile, block_d(width), itemsize, capability)
         assert modelled.shared_bytes <= 1.35 * compiled.shared_bytes + 8 * 1024  # where no latent passes through it
@@ -109,7 +112,7 @@ def assert_repeats_as_modelled(entry: Packaged, compiled: Compiled) -> None:
     found = executed(entry, compiled)
     if found is None or entry.kernel == "weight_grad_atomic":  # its product for x̄ has other rows
         return
-    width, operands = int(entry.width), {"2": "bfloat16", "4": "float32"}.get(entry.operands, entry.operands)
+    width, operands = int(entry.width), tiles.operands(dtype_name(entry), precision_of(entry))
     times = repeats(entry.kernel, entry.tile, block_d(width), operands, entry.capability)  # type: ignore[arg-type]
     products = PRODUCTS[entry.kernel]
     assert found * sum(products) == pytest.approx(sum(count * by for count, by in zip(products, times, strict=True)))

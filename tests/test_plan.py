@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,8 +15,8 @@ import torch
 
 import tiedfused
 from tiedfused import devices, settings
-from tiedfused.planning import Plan, plan
-from tiedfused.regimes import REGIMES
+from tiedfused.planning import Plan, make_plan, plan
+from tiedfused.regimes import REGIMES, stream
 from tiedfused.regimes.common import Pass, TorchTile
 from tiedfused.settings import MIB
 from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
@@ -468,6 +469,18 @@ print(tiedfused.plan(8, 8, 8, device="cuda").precision)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "tf32"), done.stderr
+
+
+@pytest.mark.parametrize(("capability", "slower"), [(80, True), (90, True), (100, False)])
+def test_tf32_costs_more_where_the_stream_kernels_do_not_copy_ahead(
+    monkeypatch: pytest.MonkeyPatch, capability: int, slower: bool
+) -> None:
+    with settings.override(regime="stream"):
+        request = plan(16384, 128, 16384, device="cuda", capability=capability, grad=False).request
+    request = dataclasses.replace(request, precision="tf32")
+    predicted = make_plan.__wrapped__(request).predicted_ms
+    monkeypatch.setattr(stream, "UNPIPELINED", 1.0)
+    assert (predicted > make_plan.__wrapped__(request).predicted_ms) == slower
 
 
 def test_atomics_that_do_not_fit_leave_two_passes() -> None:

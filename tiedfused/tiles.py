@@ -294,6 +294,16 @@ def repeats(kernel: str, tile: Tile, block_d: tuple[int, ...], operands: str, ca
     return max(1.0, 8 * warps / latents), 1.0
 
 
+def pipelined(kernel: str, tile: Tile, operands: str, capability: int) -> bool:
+    """Whether the streamed operand is copied to shared memory ahead of the step that multiplies it.
+
+    As tf32, Triton 3.6 has it copied ahead for tcgen05 instructions alone. For wgmma and mma ones each step loads it
+    into registers, and stores it to shared memory from there. `operands` is the dtype of `lookup`.
+    """
+    copied = operands != "tf32" or _tensor_core(capability, ITEMSIZE[operands], _rows(kernel, tile)) == "tcgen05"
+    return copied and tile.num_stages > 1
+
+
 def _gemm_resources(kernel: str, tile: GemmTile, itemsize: int, capability: int) -> Resources:
     """The operands of a step are staged, of `chunk_latent` those of two products: it makes a and h̄, where its other
     entry, `chunk_encode`, makes a alone.

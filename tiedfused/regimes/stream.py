@@ -35,7 +35,7 @@ EFFICIENCY = {
     "forward": ((385, 0.40), (64, 0.50), (32, 0.40), (1, 0.25)),
     "backward": ((385, 0.25), (193, 0.36), (64, 0.40), (32, 0.30), (1, 0.20)),
 }
-# Of that, where fp32 is multiplied as tf32: what streams past is read through registers, and not copied ahead. Assumed.
+# Of that, where what streams past is not copied ahead, see `tiles.pipelined`. Assumed.
 UNPIPELINED = 0.7
 
 
@@ -137,7 +137,7 @@ def _pass(r: Request, kernel: str) -> Pass:
     products = sum(count * repeated for count, repeated in zip(PRODUCTS[kernel], times, strict=True))
     flops = int(2 * products * r.n * sum(tiles.block_d(r.d)) * r.h)
     assumed = next(e for least, e in EFFICIENCY["forward" if kernel == "forward" else "backward"] if r.d >= least)
-    assumed *= UNPIPELINED if r.operands == "tf32" else 1
+    assumed *= 1 if tiles.pipelined(kernel, tile, r.operands, r.gpu) else UNPIPELINED
     predicted = kernel_ms(
         r,
         flops=flops * (blocks * fixed[1] / fixed[0]),
