@@ -498,7 +498,7 @@ def test_roofline_is_the_devices_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_size_has_a_plan_that_fits(device: str, dtype: torch.dtype) -> None:
-    sizes = [1, 2, 7, 64, 129, 1000, 4096, 1 << 17]
+    sizes = [1, 7, 64, 129, 1000, 1 << 17]
     for n in (0, *sizes):
         for d in sizes:
             for h in sizes:

@@ -1,10 +1,13 @@
-"""Make Triton's interpreter compute in bf16, and work with numpy ≥ 2.4.
+"""Make Triton's interpreter compute in bf16, work with numpy ≥ 2.4, and waste less time.
 
-The interpreter keeps bf16 as raw uint16: it multiplies those integers, and truncates when it casts from fp32.
+The interpreter keeps bf16 as raw uint16: it multiplies those integers, and truncates when it casts from fp32. It looks
+for builtins to replace at every call of a function by a kernel, where it has replaced them for the kernel.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -63,10 +66,22 @@ if INTERPRETED:
 
         return patch_lang_tensor
 
+    @functools.cache
+    def _a_builtin(package: Any) -> str:
+        return next(name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member))
+
+    def _patch_builtin(original: Callable[..., Any]) -> Callable[..., Any]:
+        def patch_builtin(package: Any, *rest: Any) -> None:
+            if tl.core.is_builtin(getattr(package, _a_builtin(package))):
+                original(package, *rest)
+
+        return patch_builtin
+
     InterpreterBuilder.create_dot = _create_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.create_fp_to_fp = _cast(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
     InterpreterBuilder.binary_op = _binary_op(InterpreterBuilder.binary_op)
+    interpreter._patch_builtin = _patch_builtin(interpreter._patch_builtin)
     interpreter._patch_lang_tensor = _patch_lang_tensor(interpreter._patch_lang_tensor)
 
 
