@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import tiedfused
-from tiedfused import TiedLinear, reference
+from tiedfused import TiedLinear, activations, reference
+from tiedfused.functional import tied_encode_decode
 
 X = torch.randn(6, 8)
 
@@ -176,6 +177,19 @@ def test_registered_activation_serves(custom_activation: str) -> None:
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
     assert custom_activation in tiedfused.activation_names()
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_registered_derivative_may_read_the_output(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    monkeypatch.setattr(activations, "_TABLE", dict(activations._TABLE))
+    tiedfused.register_activation("exp", torch.exp, lambda h: h, from_output=True)
+    x, weight = X.double().requires_grad_(), (torch.randn(16, 8, dtype=torch.float64) / 8).requires_grad_()
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return tied_encode_decode(x, weight, activation="exp", recompute=recompute)
+
+    assert torch.autograd.gradcheck(layer, (x, weight))
+    assert torch.autograd.gradgradcheck(layer, (x, weight))
 
 
 @pytest.mark.parametrize("bias_mode", ["independent", "pre", "latent"])

@@ -17,7 +17,6 @@ from tiedfused.benchmark.measure import measure_cell, memory_sweep
 from tiedfused.benchmark.shapes import MEMORY_SWEEP, Shape, default_list, parse_all
 from tiedfused.tiles import config_name
 
-PASSES = ("fwd", "bwd", "step")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 BUDGET_S = {("cpu", True): 110, ("cpu", False): 400, ("cuda", True): 150, ("cuda", False): 480}
 QUICK_PEERS = ("eager", "compile", "checkpoint", "epilogue")  # max-autotune compiles for as long as the rest runs
@@ -71,7 +70,7 @@ def bench(
         quick: fewer problems, without the slowest peer.
         shapes: names of `shapes.LISTS` or ``N,d,H``; empty for the device's own list.
         dtypes: names; empty for fp32 and bf16 on a CPU, bf16 on a GPU.
-        passes: of `PASSES`; empty for forward and step (forward alone for few rows).
+        passes: ``"fwd"``, ``"bwd"``, ``"step"``; empty for forward and step (forward alone for few rows).
         peers: names of `peers.PEERS`, or regimes; empty for all peers.
         device: ``"cpu"``, ``"cuda:1"``, …; empty for the GPU, or the CPU where there is none.
         out: folder of the results.

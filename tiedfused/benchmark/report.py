@@ -236,13 +236,13 @@ def skipped(results: Results) -> list[str]:
     return [f"{peer} at {', '.join(cells)}: {reason}" for (peer, reason), cells in why.items()]
 
 
-def worst(results: Results, count: int = 3) -> list[tuple[Row, str, float]]:
-    """The rows where tiedfused does worst beside any peer: row, that peer, the ratio."""
+def worst(results: Results) -> list[tuple[Row, str, float]]:
+    """The three rows where tiedfused does worst beside any peer: row, that peer, the ratio."""
     found = [(row, peer, r) for row in rows(results) for peer in PEERS if (r := row.ratio(peer)) is not None]
     lowest: dict[tuple[str, str, str], tuple[Row, str, float]] = {}
     for row, peer, ratio in sorted(found, key=lambda one: one[2]):
         lowest.setdefault(row.key, (row, peer, ratio))
-    return list(lowest.values())[:count]
+    return list(lowest.values())[:3]
 
 
 # ---- comparison with an earlier file -------------------------------------------------------------------------------
