@@ -46,6 +46,13 @@ def test_calls_take_turns() -> None:
     assert order == list("ababab")
 
 
+def test_caches_are_flushed_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.zeros(16)
+    monkeypatch.setattr(device, "_flush_buffer", lambda _: buffer)
+    device.flush(CPU)
+    assert buffer._version == 0
+
+
 def test_percentiles() -> None:
     assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.5, 2.0, 5.0)
 

@@ -202,8 +202,12 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 
 def flush(device: torch.device) -> None:
-    """Leave nothing useful in the last level of cache."""
-    _flush_buffer(device).add_(1)
+    """Leave nothing useful in the last level of cache.
+
+    By reading: what a write leaves there has to be written back while the next call runs. On an EPYC with 32 MB, 24 MB
+    of floats were read at 151 GB/s from cache, at 77 after a write, so in part still from cache, at 54 after a read.
+    """
+    _flush_buffer(device).sum()
 
 
 def keep_busy(device: torch.device) -> None:
