@@ -198,6 +198,23 @@ def test_other_settings_trace_anew_and_the_same_do_not() -> None:
     assert keeps == [True, False, True]
 
 
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_kept_latent_is_read_as_it_was_written(return_stats: bool) -> None:
+    """The settings decide how a kept latent is laid out, and backward may run under others than forward."""
+    torch._dynamo.reset()
+    p = problem(40, 8, 50, torch.float64)
+    options = {"recompute": False, "return_stats": return_stats}
+    layer = torch.compile(lambda *t: tied_encode_decode(*t, **options), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(reference.tied_encode_decode(*p.operands), p.operands, p.grad_y)
+    one_tile, many_tiles = 1 << 28, 1
+    for forward, backward in ((one_tile, many_tiles), (many_tiles, one_tile), (many_tiles, many_tiles)):
+        with settings.override(workspace_bytes=forward):
+            y = layer(*p.operands)
+        with settings.override(workspace_bytes=backward):
+            grads = torch.autograd.grad(y[0] if return_stats else y, p.operands, p.grad_y)
+        torch.testing.assert_close(grads, expected)
+
+
 def test_frozen_weights_keep_no_latent_when_compiled() -> None:
     torch._dynamo.reset()
     layer = tiedfused.TiedLinear(768, 1024).requires_grad_(False)

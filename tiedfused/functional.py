@@ -243,7 +243,9 @@ def _dispatched(
     grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     save_latent = grad and keeps_latent_for(rows, weight, f, recompute, return_stats)
     op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
-    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
+    now = settings.current()
+    layout = {"regime": now.regime, "workspace_bytes": now.workspace_bytes}
+    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent, **layout)
     y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
     return (y, _shaped(LatentStats(*latent_stats), x)) if return_stats else y
 

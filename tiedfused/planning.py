@@ -247,11 +247,12 @@ def request(
     recompute: bool | None,
     stats: bool = False,
     capability: int | None = None,
+    in_force: settings.Settings | None = None,
 ) -> Request:
-    """The problem, and what of the present settings its plan depends on."""
+    """The problem, and the settings that its plan depends on: the present ones where none are given."""
     if capability is None and device.type == "cuda":
         capability = devices.cuda_capability(device.index)
-    in_force = settings.current()
+    in_force = settings.current() if in_force is None else in_force
     return Request(
         n=n,
         d=d,
