@@ -95,8 +95,12 @@ def plan_for(
 
 
 def last_stride_one(t: Tensor) -> Tensor:
-    """t ``[N, d]`` with elements of a row next to each other, as they are in memory; a copy only if they are not."""
-    return t.resolve_neg() if t.stride(1) == 1 else t.contiguous()
+    """t ``[N, d]`` with elements of a row next to each other, as they are in memory; a copy only if they are not.
+
+    Rows that overlap, as those of `torch.Tensor.unfold`, are copied too: oneDNN refuses them.
+    """
+    overlap = 0 < t.stride(0) < t.shape[1] and t.shape[0] > 1
+    return t.resolve_neg() if t.stride(1) == 1 and not overlap else t.contiguous()
 
 
 def kernel_layout(
