@@ -105,6 +105,8 @@ def test_output_size() -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"encoder: expected nn.Linear, nn.Conv1d or nn.Conv2d, got ReLU"):
         TiedDecoder(nn.ReLU())
+    with pytest.raises(ValueError, match="encoder: expected a layer with a weight, got LazyLinear, which has none"):
+        TiedDecoder(nn.LazyLinear(8))
     with pytest.raises(ValueError, match="encoder: expected padding_mode 'zeros', got 'circular'"):
         TiedDecoder(nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular"))
     with pytest.raises(ValueError, match=r"encoder: padding 'same' of an even kernel \(4,\)"):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numerics import assert_close
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrizations, prune
 
 import tiedfused
 from tiedfused import TiedLinear, reference
@@ -231,6 +232,19 @@ def test_projections() -> None:
     layer.project_atoms_()
     torch.testing.assert_close(layer.weight, unit)
     assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("how", ["parametrization", "pruning"])
+def test_projections_refuse_a_weight_that_is_computed(how: str) -> None:
+    layer = TiedLinear(5, 7)
+    if how == "pruning":
+        prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        parametrizations.weight_norm(layer)
+    layer(torch.randn(4, 5)).sum().backward()
+    for project in (layer.project_atoms_, layer.project_gradient_):
+        with pytest.raises(RuntimeError, match=r"TiedLinear\(.*\): weight: expected a parameter, got a tensor"):
+            project()
 
 
 def test_from_linear_refuses_to_change_norms() -> None:
