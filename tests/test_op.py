@@ -396,6 +396,30 @@ def test_meta_and_fake_tensors() -> None:
         assert tied_encode_decode(torch.empty(5, 8), torch.empty(16, 8)).shape == (5, 8)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the sparse CSR beta, and the prototype of nested tensors
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "jagged"])
+def test_other_layouts_of_x(layout: str) -> None:
+    model = tiedfused.TiedLinear(8, 16, bias=True, activation="relu")
+    x = torch.randn(5, 8).relu()
+    expected = model(x)
+    if layout == "jagged":
+        y = model(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values()
+    else:
+        y = model(x.to_sparse(layout=getattr(torch, layout)))
+    torch.testing.assert_close(y, expected)
+    grads = (torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (y, expected))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the deprecation, and of the checks of sizes
+@pytest.mark.parametrize("grad", [True, False])
+def test_jit_trace_takes_any_number_of_rows(grad: bool) -> None:
+    model = tiedfused.TiedLinear(8, 1500, bias=True, activation="relu").requires_grad_(grad)
+    for traced_rows, rows in ((5, 1000), (1000, 5)):
+        traced, x = torch.jit.trace(model, torch.randn(traced_rows, 8)), torch.randn(rows, 8)
+        torch.testing.assert_close(traced(x), model(x))
+
+
 def test_tensor_subclass() -> None:
     p, other = small(), problem(5, 8, 16, torch.float64, seed=1)
     y = tied_encode_decode(*(TwoTensor(a, b) for a, b in zip(p.operands, other.operands, strict=True)))

@@ -12,6 +12,7 @@ from torch import (
     get_num_threads,
     is_autocast_enabled,
     is_grad_enabled,
+    strided,
 )
 from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
@@ -34,6 +35,7 @@ from tiedfused.reference import LatentStats
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._is_tracing
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
@@ -138,6 +140,8 @@ def tied_encode_decode(
         or (bias_enc is not None and bias_enc.is_neg())
         or (bias_dec is not None and bias_dec.is_neg())
         or _any_autocast()
+        or _tracing()
+        or x.layout is not strided
     ):
         return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
 
@@ -223,7 +227,7 @@ def _dispatched(
     recompute: bool | None,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LatentStats]:
-    """The same where something else has a hand in it: autocast, torch.func, torch.compile, modes, subclasses."""
+    """The same where something else has a hand in it: autocast, torch.func, tracing, modes, subclasses, sparse x."""
     if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
         cast: list[Any] = [_autocast(t) for t in (x, weight, bias_enc, bias_dec)]
         with torch.autocast(x.device.type, enabled=False):
@@ -235,7 +239,7 @@ def _dispatched(
                 return_stats=return_stats,
             )
     f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
-    if _functorch_active() or forward_ad._current_level >= 0:
+    if _functorch_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing() or x.layout is not strided:
         options: dict[str, Any] = {"activation": activation, "output_activation": output_activation}
         return reference.tied_encode_decode(x, weight, bias_enc, bias_dec, **options, return_stats=return_stats)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
