@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 import tiedfused
-from tiedfused import TiedLinear, reference
+from tiedfused import TiedLinear, activations, reference
 
 X = torch.randn(6, 8)
 
@@ -158,6 +158,21 @@ def test_state_dict_of_one_loads_into_another() -> None:
     one, other = TiedLinear(8, 16, True), TiedLinear(8, 16, True)
     other.load_state_dict(one.state_dict())
     torch.testing.assert_close(one(X), other(X))
+
+
+def test_derivative_in_another_dtype() -> None:
+    """A mask made with ``.float()`` does not widen a bf16 gradient."""
+    tiedfused.register_activation("float_mask", torch.relu, lambda a: (a > 0).float())
+    try:
+        grads = []
+        for activation in ("float_mask", "relu"):
+            torch.manual_seed(0)
+            layer = TiedLinear(8, 16, activation=activation, dtype=torch.bfloat16)
+            layer(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()
+            grads.append(layer.weight.grad)
+        torch.testing.assert_close(*grads)
+    finally:
+        del activations._TABLE["float_mask"]
 
 
 def test_registered_activation_serves(custom_activation: str) -> None:
