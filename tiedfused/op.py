@@ -274,8 +274,12 @@ def _op_forward_stats(
 
 def _in_force(regime: str | None, workspace_bytes: int | None) -> settings.Settings:
     """The present settings, with those that an op was given."""
-    given = {"regime": regime, "workspace_bytes": workspace_bytes}
-    return dataclasses.replace(settings.current(), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    now = settings.current()
+    regime = now.regime if regime is None else regime
+    workspace_bytes = now.workspace_bytes if workspace_bytes is None else workspace_bytes
+    if (regime, workspace_bytes) == (now.regime, now.workspace_bytes):
+        return now
+    return dataclasses.replace(now, regime=regime, workspace_bytes=workspace_bytes)
 
 
 def _flat(latent: Tensor | None, x: Tensor) -> Tensor:
