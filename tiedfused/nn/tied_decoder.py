@@ -80,8 +80,15 @@ class TiedDecoder(nn.Module):
         self.output_size = output_size
         size = encoder.in_features if isinstance(encoder, nn.Linear) else encoder.in_channels
         weight = encoder.weight
-        zeros = nn.Parameter(torch.zeros(size, device=weight.device, dtype=weight.dtype)) if bias else None
-        self.register_parameter("bias", zeros)
+        value = nn.Parameter(torch.empty(size, device=weight.device, dtype=weight.dtype)) if bias else None
+        self.register_parameter("bias", value)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the bias to 0, also after `to_empty`; the weight is the encoder's to initialise."""
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, h: Tensor, output_size: int | Sequence[int] | None = None) -> Tensor:
         """The encoder's mirror.
