@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -28,6 +29,17 @@ def test_what_only_benchmarks_need_is_not_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "1", "64", "4096", "--inference"]], ids=" ".join)
+def test_output_in_a_narrow_encoding(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tiedfused.cli", *arguments],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_explain() -> None:
     result = RUN.invoke(app, ["explain", "8192", "128", "8192", "--dtype", "bfloat16", "--device", "cuda"])
     assert result.exit_code == 0, result.output
@@ -49,6 +61,7 @@ def test_explain_for_inference_and_another_capability() -> None:
         (["8", "8", "8", "--activation", "no"], "activation: unknown activation 'no'"),
         (["8", "8", "8", "--device", "abacus"], "abacus"),
         (["8", "8", "8", "--dtype", "int8"], "int8"),
+        (["8", "8", "8", "--capability", "9.0"], "capability: got 9; expected an integer such as 90, for 9.0"),
         (["8", "8"], "Missing argument 'H'"),
     ],
 )

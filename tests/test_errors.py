@@ -141,6 +141,12 @@ def test_plan(sizes, message) -> None:
         tiedfused.plan(*sizes)
 
 
+@pytest.mark.parametrize("capability", [9, -5, 9.0])
+def test_plan_refuses_a_capability_that_is_none(capability: float) -> None:
+    with pytest.raises(ValueError, match=f"capability: got {capability}; expected an integer such as 90, for 9.0"):
+        tiedfused.plan(8, 8, 8, device="cuda", capability=capability)
+
+
 def test_plan_refuses_what_the_op_refuses() -> None:
     with pytest.raises(ValueError, match=r"dtype: got torch.int32; expected torch.float32"):
         tiedfused.plan(8, 8, 8, dtype=torch.int32)
@@ -154,3 +160,22 @@ def test_registering_a_taken_name_or_no_function() -> None:
     with pytest.raises(TypeError, match="derivative: expected a function of a tensor, got int"):
         tiedfused.register_activation("half_relu", torch.relu, 1)
     assert "half_relu" not in tiedfused.activation_names()
+
+
+@pytest.mark.parametrize(
+    ("forward", "derivative", "message"),
+    [
+        (lambda a: a.clamp_(-1, 1), lambda a: a.abs() < 1, "forward: expected a new tensor, got one made by changing"),
+        (torch.sin, lambda a: a.cos_(), "derivative: expected a new tensor, got one made by changing"),
+        (
+            lambda a: a.sum(-1),
+            torch.cos,
+            r"forward: expected an elementwise function, got shape \[2\] for shape \[2, 3\]",
+        ),
+        (torch.sin, lambda a: a.cos()[0], r"derivative: expected an elementwise function, got shape \[3\]"),
+    ],
+)
+def test_registering_what_is_not_elementwise_or_in_place(forward, derivative, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiedfused.register_activation("not_so", forward, derivative)
+    assert "not_so" not in tiedfused.activation_names()

@@ -108,6 +108,12 @@ def test_reconstruction() -> None:
     torch.testing.assert_close(metrics.explained_variance(y, X), 1 - expected)
 
 
+@pytest.mark.parametrize("measure", [losses.mse, losses.normalized_mse, metrics.explained_variance])
+def test_shapes_do_not_broadcast(measure) -> None:
+    with pytest.raises(ValueError, match=r"target: expected shape \[5, 1, 8\], as y, got \[5, 8\]"):
+        measure(torch.randn(5, 1, 8), torch.randn(5, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     target = (torch.randn(400, 100) * 30).to(dtype)  # its sum of squares overflows float16

@@ -147,6 +147,8 @@ def _strided(p: Problem, layout: str) -> Problem:
     def spread(t: torch.Tensor) -> torch.Tensor:
         if layout == "transposed":
             return t.detach().t().contiguous().t().requires_grad_()
+        if layout == "overlapping":
+            return t.detach().flatten()[: sum(t.shape) - 1].unfold(0, t.shape[1], 1).requires_grad_()
         wide = torch.full((t.shape[0], 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype, device=t.device)
         step = {"row stride": 1, "column stride": 2}[layout]
         view = wide[:, : step * t.shape[1] : step]
@@ -161,7 +163,7 @@ def _strided(p: Problem, layout: str) -> Problem:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed"])
+@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed", "overlapping"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides(small_tiles: str, layout: str, dtype: torch.dtype, device: str) -> None:
     assert_layer_matches(layer(), _strided(problem(40, 33, 50, dtype, device), layout))

@@ -198,6 +198,23 @@ def test_other_settings_trace_anew_and_the_same_do_not() -> None:
     assert keeps == [True, False, True]
 
 
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_kept_latent_is_read_as_it_was_written(return_stats: bool) -> None:
+    """The settings decide how a kept latent is laid out, and backward may run under others than forward."""
+    torch._dynamo.reset()
+    p = problem(40, 8, 50, torch.float64)
+    options = {"recompute": False, "return_stats": return_stats}
+    layer = torch.compile(lambda *t: tied_encode_decode(*t, **options), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(reference.tied_encode_decode(*p.operands), p.operands, p.grad_y)
+    one_tile, many_tiles = 1 << 28, 1
+    for forward, backward in ((one_tile, many_tiles), (many_tiles, one_tile), (many_tiles, many_tiles)):
+        with settings.override(workspace_bytes=forward):
+            y = layer(*p.operands)
+        with settings.override(workspace_bytes=backward):
+            grads = torch.autograd.grad(y[0] if return_stats else y, p.operands, p.grad_y)
+        torch.testing.assert_close(grads, expected)
+
+
 def test_frozen_weights_keep_no_latent_when_compiled() -> None:
     torch._dynamo.reset()
     layer = tiedfused.TiedLinear(768, 1024).requires_grad_(False)
@@ -377,6 +394,30 @@ def test_meta_and_fake_tensors() -> None:
     assert weight.grad.shape == (16, 8)
     with torch._subclasses.FakeTensorMode():
         assert tied_encode_decode(torch.empty(5, 8), torch.empty(16, 8)).shape == (5, 8)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the sparse CSR beta, and the prototype of nested tensors
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "jagged"])
+def test_other_layouts_of_x(layout: str) -> None:
+    model = tiedfused.TiedLinear(8, 16, bias=True, activation="relu")
+    x = torch.randn(5, 8).relu()
+    expected = model(x)
+    if layout == "jagged":
+        y = model(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values()
+    else:
+        y = model(x.to_sparse(layout=getattr(torch, layout)))
+    torch.testing.assert_close(y, expected)
+    grads = (torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (y, expected))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the deprecation, and of the checks of sizes
+@pytest.mark.parametrize("grad", [True, False])
+def test_jit_trace_takes_any_number_of_rows(grad: bool) -> None:
+    model = tiedfused.TiedLinear(8, 1500, bias=True, activation="relu").requires_grad_(grad)
+    for traced_rows, rows in ((5, 1000), (1000, 5)):
+        traced, x = torch.jit.trace(model, torch.randn(traced_rows, 8)), torch.randn(rows, 8)
+        torch.testing.assert_close(traced(x), model(x))
 
 
 def test_tensor_subclass() -> None:

@@ -111,6 +111,8 @@ def test_sizes(arguments, message) -> None:
 
 
 def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"activation: expected one name, or 1, one a layer, got None"):
+        TiedAutoencoder([8, 4], activation=None)
     with pytest.raises(ValueError, match=r"activation: expected one name, or 2, one a layer, got \['relu'\]"):
         TiedAutoencoder([8, 4, 2], activation=["relu"])
     with pytest.raises(ValueError, match=r"output_activation: expected one name, or 2"):

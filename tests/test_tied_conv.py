@@ -146,6 +146,7 @@ def test_starts_near_the_input(options: dict[str, int]) -> None:
     [
         ({"in_channels": 0}, "in_channels: expected an integer of at least 1, got 0"),
         ({"kernel_size": (3,)}, r"kernel_size: expected an integer or 2 of them, got \(3,\)"),
+        ({"kernel_size": 3.0}, "kernel_size: expected an integer of at least 1, got 3.0"),
         ({"stride": 0}, "stride: expected an integer of at least 1, got 0"),
         ({"padding": -1}, "padding: expected an integer of at least 0, got -1"),
         ({"groups": 3}, "in_channels: expected a multiple of groups, 3, got 2"),

@@ -90,6 +90,16 @@ def test_compiles_and_trains() -> None:
     torch.testing.assert_close(grads, expected)
 
 
+def test_deferred_initialisation() -> None:
+    with torch.device("meta"):
+        decoder = TiedDecoder(nn.Linear(8, 4))
+    decoder.to_empty(device="cpu")
+    with torch.no_grad():
+        decoder.bias.fill_(float("nan"))  # what happened to be in memory
+    decoder.reset_parameters()
+    assert torch.equal(decoder.bias, torch.zeros(8))
+
+
 def test_output_size() -> None:
     encoder = nn.Conv2d(1, 4, 3, stride=2)
     h = encoder(torch.randn(2, 1, 28, 27))
@@ -105,6 +115,8 @@ def test_output_size() -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"encoder: expected nn.Linear, nn.Conv1d or nn.Conv2d, got ReLU"):
         TiedDecoder(nn.ReLU())
+    with pytest.raises(ValueError, match="encoder: expected a layer with a weight, got LazyLinear, which has none"):
+        TiedDecoder(nn.LazyLinear(8))
     with pytest.raises(ValueError, match="encoder: expected padding_mode 'zeros', got 'circular'"):
         TiedDecoder(nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular"))
     with pytest.raises(ValueError, match=r"encoder: padding 'same' of an even kernel \(4,\)"):

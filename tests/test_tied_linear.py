@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numerics import assert_close
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrizations, prune
 
 import tiedfused
 from tiedfused import TiedLinear, activations, reference
@@ -160,6 +161,21 @@ def test_state_dict_of_one_loads_into_another() -> None:
     torch.testing.assert_close(one(X), other(X))
 
 
+def test_derivative_in_another_dtype() -> None:
+    """A mask made with ``.float()`` does not widen a bf16 gradient."""
+    tiedfused.register_activation("float_mask", torch.relu, lambda a: (a > 0).float())
+    try:
+        grads = []
+        for activation in ("float_mask", "relu"):
+            torch.manual_seed(0)
+            layer = TiedLinear(8, 16, activation=activation, dtype=torch.bfloat16)
+            layer(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()
+            grads.append(layer.weight.grad)
+        torch.testing.assert_close(*grads)
+    finally:
+        del activations._TABLE["float_mask"]
+
+
 def test_registered_activation_serves(custom_activation: str) -> None:
     layer = TiedLinear(
         8, 16, True, activation=custom_activation, output_activation=custom_activation, dtype=torch.float64
@@ -245,6 +261,19 @@ def test_projections() -> None:
     layer.project_atoms_()
     torch.testing.assert_close(layer.weight, unit)
     assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("how", ["parametrization", "pruning"])
+def test_projections_refuse_a_weight_that_is_computed(how: str) -> None:
+    layer = TiedLinear(5, 7)
+    if how == "pruning":
+        prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        parametrizations.weight_norm(layer)
+    layer(torch.randn(4, 5)).sum().backward()
+    for project in (layer.project_atoms_, layer.project_gradient_):
+        with pytest.raises(RuntimeError, match=r"TiedLinear\(.*\): weight: expected a parameter, got a tensor"):
+            project()
 
 
 def test_from_linear_refuses_to_change_norms() -> None:

@@ -11,6 +11,7 @@ without loss (relu, leaky_relu, sigmoid, tanh), else f's input. elu, selu and so
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -365,7 +366,7 @@ def register_activation(
 
     Args:
         name: a new name; it is then accepted wherever a built-in name is.
-        forward: f, elementwise differentiable PyTorch.
+        forward: f, elementwise differentiable PyTorch, not in place.
         derivative: f′ as differentiable PyTorch, a function of f's input, or of f's output if `from_output`. It serves
             where the activation is f; where it is g, and under torch.func, autograd differentiates `forward`, so the
             two have to agree.
@@ -380,7 +381,7 @@ def register_activation(
         The new entry.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or one of the functions is not elementwise or works in place.
         TypeError: `name` is not a string, `forward` or `derivative` is not callable.
 
     Example:
@@ -396,7 +397,29 @@ def register_activation(
     for argument, value in (("forward", forward), ("derivative", derivative)):
         if not callable(value):
             raise TypeError(f"{argument}: expected a function of a tensor, got {type(value).__name__}")
-    entry = Activation(name, forward, lambda grad, saved: grad * derivative(saved), from_output, triton,
-                       non_negative=non_negative)  # fmt: skip
+    _try_out(forward, derivative, from_output)
+    entry = Activation(
+        name,
+        forward,
+        lambda grad, saved: (grad * derivative(saved)).to(grad.dtype),  # it may be a mask made with .float()
+        from_output,
+        triton,
+        non_negative=non_negative,
+    )
     _TABLE[name] = entry
     return entry
+
+
+def _try_out(forward: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor], from_output: bool) -> None:
+    """A ValueError for what would give wrong results later, or an error that does not say whose fault it is."""
+    with torch.inference_mode(False), contextlib.suppress(RuntimeError):  # not every function takes a tensor on the CPU
+        saved = torch.linspace(-2.0, 2.0, 6, dtype=torch.float32, device="cpu").view(2, 3)
+        for argument, function in (("forward", forward), ("derivative", derivative)):
+            version = saved._version
+            out = function(saved)
+            if saved._version != version:
+                raise ValueError(f"{argument}: expected a new tensor, got one made by changing the argument in place")
+            shape = list(getattr(out, "shape", ()))
+            if shape != [2, 3] and (argument == "forward" or shape not in ([], [1])):
+                raise ValueError(f"{argument}: expected an elementwise function, got shape {shape} for shape [2, 3]")
+            saved = out if from_output else saved

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import io
 import platform
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -118,6 +122,17 @@ def explain(
     _table("plan", plan.rows())
 
 
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """One line for a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or out not in (Path(error.filename), *Path(error.filename).parents):
+            raise
+        raise typer.BadParameter(f"out: {error}") from None
+
+
 class Pass(str, enum.Enum):
     """What of the layer runs: forward without gradients, backward alone, or both with all gradients."""
 
@@ -154,18 +169,19 @@ def bench(
     written = [show] if show is not None else []
     for one in [] if show is not None else device or [""]:
         found: list[str] = []  # each results file tells its own
-        path = benchmark.bench(
-            quick=quick,
-            shapes=shapes or (),
-            dtypes=[name.value for name in dtype or ()],
-            passes=[name.value for name in which or ()],
-            peers=peers or (),
-            device=one,
-            out=out,
-            budget=budget,
-            part=part,
-            problems=found,
-        )
+        with _writing(out):
+            path = benchmark.bench(
+                quick=quick,
+                shapes=shapes or (),
+                dtypes=[name.value for name in dtype or ()],
+                passes=[name.value for name in which or ()],
+                peers=peers or (),
+                device=one,
+                out=out,
+                budget=budget,
+                part=part,
+                problems=found,
+            )
         problems += found
         written += [path] if path is not None else []
     slower = [benchmark.show(path, against, problems, draw=show is not None) for path in written]
@@ -187,7 +203,8 @@ def profile(
     from tiedfused.benchmark import profile as profiler
 
     try:
-        profiler.profile((n, d, h), dtype and dtype.value, which.value, device, out, only_run=only_run)
+        with _writing(out):
+            profiler.profile((n, d, h), dtype and dtype.value, which.value, device, out, only_run=only_run)
     except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
         raise typer.BadParameter(str(error).splitlines()[0]) from None
 
@@ -215,6 +232,9 @@ def tune(
 
 def main() -> None:
     """Entry point of the ``tiedfused`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the encoding of a pipe may lack ᵀ and ≤
     app()
 
 

@@ -12,6 +12,7 @@ from torch import (
     get_num_threads,
     is_autocast_enabled,
     is_grad_enabled,
+    strided,
 )
 from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
@@ -33,6 +34,7 @@ from tiedfused.reference import LatentStats
 _functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._is_tracing
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
@@ -137,6 +139,8 @@ def tied_encode_decode(
         or (bias_enc is not None and bias_enc.is_neg())
         or (bias_dec is not None and bias_dec.is_neg())
         or _any_autocast()
+        or _tracing()
+        or x.layout is not strided
     ):
         return _dispatched(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
 
@@ -222,7 +226,7 @@ def _dispatched(
     recompute: bool | None,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LatentStats]:
-    """The same where something else has a hand in it: autocast, torch.func, torch.compile, modes, subclasses."""
+    """The same where something else has a hand in it: autocast, torch.func, tracing, modes, subclasses, sparse x."""
     if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
         cast: list[Any] = [_autocast(t) for t in (x, weight, bias_enc, bias_dec)]
         with torch.autocast(x.device.type, enabled=False):
@@ -234,7 +238,7 @@ def _dispatched(
                 return_stats=return_stats,
             )
     f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
-    if _functorch_active() or forward_ad._current_level >= 0:
+    if _functorch_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing() or x.layout is not strided:
         options: dict[str, Any] = {"activation": activation, "output_activation": output_activation}
         return reference.tied_encode_decode(x, weight, bias_enc, bias_dec, **options, return_stats=return_stats)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -246,7 +250,9 @@ def _dispatched(
 
         save_latent = keeps_latent_for(rows, weight, f, recompute, return_stats)
     op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
-    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
+    now = settings.current()
+    layout = {"regime": now.regime, "workspace_bytes": now.workspace_bytes}
+    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent, **layout)
     y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
     return (y, _shaped(LatentStats(*latent_stats), x)) if return_stats else y
 

@@ -25,11 +25,15 @@ from tiedfused.reference import LatentStats, stats_dtype
 def mse(y: Tensor, target: Tensor) -> Tensor:
     """The mean of (y − target)² over all entries. Both ``[..., d]``.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Example:
         >>> import torch
         >>> float(mse(torch.ones(2, 3), torch.zeros(2, 3)))
         1.0
     """
+    _check_shapes(y, target)
     wide = stats_dtype(y.dtype)
     return F.mse_loss(y.to(wide), target.to(wide))
 
@@ -40,15 +44,24 @@ def normalized_mse(y: Tensor, target: Tensor) -> Tensor:
     It is also called the fraction of variance unexplained. The baseline is that of Gao et al., "Scaling and evaluating
     sparse autoencoders" (2024), taken over the rows at hand. Both ``[..., d]``, with at least two different rows.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Example:
         >>> import torch
         >>> x = torch.randn(100, 3)
         >>> round(float(normalized_mse(x.mean(0).expand(100, 3), x)), 4)
         1.0
     """
+    _check_shapes(y, target)
     wide = stats_dtype(y.dtype)
     rows = target.reshape(-1, target.shape[-1]).to(wide)
     return (y.to(wide) - target.to(wide)).square().sum() / (rows - rows.mean(0)).square().sum()
+
+
+def _check_shapes(y: Tensor, target: Tensor) -> None:
+    if y.shape != target.shape:  # broadcasting, [N, 1, d] with [N, d] say, would compare every row with every other
+        raise ValueError(f"target: expected shape {list(y.shape)}, as y, got {list(target.shape)}")
 
 
 def l1(stats: LatentStats) -> Tensor:

@@ -40,6 +40,9 @@ def explained_variance(y: Tensor, target: Tensor) -> Tensor:
 
     The residual is not centred: a constant offset of y counts as an error.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Example:
         >>> import torch
         >>> x = torch.randn(100, 3)

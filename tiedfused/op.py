@@ -18,6 +18,7 @@ derivatives are right; that form stores the latent.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.utils.flop_counter import register_flop_formula
 
-from tiedfused import planning, reference
+from tiedfused import planning, reference, settings
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.planning import Plan
@@ -41,17 +42,24 @@ def plan_for(
     grad_x: bool,
     recompute: bool | None,
     stats: bool = False,
+    in_force: settings.Settings | None = None,
 ) -> Plan:
-    """The plan of x ``[..., d]`` with weight ``[H, d]``."""
+    """The plan of x ``[..., d]`` with weight ``[H, d]``, under the present settings or those of an earlier call."""
     h, d = weight.shape
     return planning.make_plan(
-        planning.request(x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute, stats)
+        planning.request(
+            x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute, stats, in_force=in_force
+        )
     )
 
 
 def last_stride_one(t: Tensor) -> Tensor:
-    """t ``[N, d]`` with elements of a row next to each other, as they are in memory; a copy only if they are not."""
-    return t.resolve_neg() if t.stride(1) == 1 else t.contiguous()
+    """t ``[N, d]`` with elements of a row next to each other, as they are in memory; a copy only if they are not.
+
+    Rows that overlap, as those of `torch.Tensor.unfold`, are copied too: oneDNN refuses them.
+    """
+    overlap = 0 < t.stride(0) < t.shape[1] and t.shape[0] > 1
+    return t.resolve_neg() if t.stride(1) == 1 and not overlap else t.contiguous()
 
 
 def kernel_layout(
@@ -167,19 +175,23 @@ apply_encode_decode_stats = super(torch.autograd.Function, EncodeDecodeStats).ap
 
 # ---- the registered operator -------------------------------------------------------------------------------------
 
+# How a kept latent is laid out depends on these settings; None takes those in force. They are arguments so that a
+# graph's backward, which may run under others, reads what its forward wrote.
+_SETTINGS = "*, str? regime=None, int? workspace_bytes=None"
+
 _library = torch.library.Library("tiedfused", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent) "
-    "-> (Tensor z, Tensor latent)"
+    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent, "
+    f"{_SETTINGS}) -> (Tensor z, Tensor latent)"
 )
 _library.define(
-    "forward_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent) "
-    "-> (Tensor z, Tensor latent, Tensor l1, Tensor l0, Tensor mean, Tensor fired)"
+    "forward_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent, "
+    f"{_SETTINGS}) -> (Tensor z, Tensor latent, Tensor l1, Tensor l0, Tensor mean, Tensor fired)"
 )
 _library.define(
     "backward(Tensor grad_z, Tensor x, Tensor weight, Tensor? bias_enc, Tensor latent, str activation, "
-    "bool save_latent, bool[] needs, bool stats=False, Tensor? grad_l1=None, Tensor? grad_mean=None) "
-    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
+    "bool save_latent, bool[] needs, bool stats=False, Tensor? grad_l1=None, Tensor? grad_mean=None, "
+    f"{_SETTINGS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
 )
 
 
@@ -190,9 +202,13 @@ def _op_forward(
     bias_dec: Tensor | None,
     activation: str,
     save_latent: bool,
+    *,
+    regime: str | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
-    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
+    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
+    plan = plan_for(x, weight, f, IDENTITY, save_latent, True, not save_latent, in_force=in_force)
     z, latent, _ = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
     return z, _flat(latent, x)
 
@@ -204,11 +220,25 @@ def _op_forward_stats(
     bias_dec: Tensor | None,
     activation: str,
     save_latent: bool,
+    *,
+    regime: str | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
-    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent, True)
+    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
+    plan = plan_for(x, weight, f, IDENTITY, save_latent, True, not save_latent, True, in_force)
     z, latent, stats = forward_with_stats(x, weight, bias_enc, bias_dec, plan)
     return z, _flat(latent, x), *stats
+
+
+def _in_force(regime: str | None, workspace_bytes: int | None) -> settings.Settings:
+    """The present settings, with those that an op was given."""
+    now = settings.current()
+    regime = now.regime if regime is None else regime
+    workspace_bytes = now.workspace_bytes if workspace_bytes is None else workspace_bytes
+    if (regime, workspace_bytes) == (now.regime, now.workspace_bytes):
+        return now
+    return dataclasses.replace(now, regime=regime, workspace_bytes=workspace_bytes)
 
 
 def _flat(latent: Tensor | None, x: Tensor) -> Tensor:
@@ -227,10 +257,14 @@ def _op_backward(
     stats: bool = False,
     grad_l1: Tensor | None = None,
     grad_mean: Tensor | None = None,
+    *,
+    regime: str | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_z = last_stride_one(grad_z)
     x, weight, bias_enc, _ = kernel_layout(x, weight, bias_enc, None)
-    plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent, stats)
+    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
+    plan = plan_for(x, weight, f, IDENTITY, True, needs[0], not save_latent, stats, in_force)
     assert plan.backward is not None
     grads = BACKENDS[plan.backward.backend].backward(
         grad_z,
@@ -255,23 +289,27 @@ for _name, _implementation in (
 
 
 @torch.library.register_fake("tiedfused::forward", lib=_library)
-def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent):  # type: ignore[no-untyped-def]
+def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent, **_):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty(x.shape[0] * weight.shape[0] if save_latent else 0)
 
 
 @torch.library.register_fake("tiedfused::forward_stats", lib=_library)
-def _fake_forward_stats(x, weight, *arguments):  # type: ignore[no-untyped-def]
+def _fake_forward_stats(x, weight, *arguments, **_):  # type: ignore[no-untyped-def]
     return *_fake_forward(x, weight, *arguments), *reference.zero_stats(x, weight)
 
 
 @torch.library.register_fake("tiedfused::backward", lib=_library)
-def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *penalties):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *_, **__):  # type: ignore[no-untyped-def]
     shapes = (x.shape, weight.shape, (weight.shape[0],))
     return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _op_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
+    in_force = _in_force(**keyword_only_inputs)
+    ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
     ctx.device = x.device.type
     latent, *stats = output[1:]
     ctx.mark_non_differentiable(latent, *stats[1::2])
@@ -298,7 +336,7 @@ def _op_autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None, *grad_stats:
     else:
         operands = (grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3]))
         penalties = (True, grad_l1, grad_mean) if grad_stats else ()
-        grads = torch.ops.tiedfused.backward.default(*operands, *penalties)
+        grads = torch.ops.tiedfused.backward.default(*operands, *penalties, **ctx.in_force)
     grad_bias_dec = grad_z.sum(0) if needs[3] else None
     return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None, None
 
@@ -314,7 +352,10 @@ def _op_no_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd(
-    "tiedfused::backward", _op_no_double_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
+    "tiedfused::backward",
+    _op_no_double_backward,
+    setup_context=lambda ctx, inputs, keyword_only_inputs, output: None,
+    lib=_library,
 )
 
 

@@ -207,7 +207,7 @@ def plan(
         capability: plan for this compute capability (80, 90, 100, …) instead of the device's own.
 
     Raises:
-        ValueError: a size, dtype or activation that makes no sense.
+        ValueError: a size, dtype, activation or capability that makes no sense.
         TypeError: `recompute` is neither None nor a bool.
 
     Example:
@@ -223,6 +223,8 @@ def plan(
     for name, value, least in (("n", n, 0), ("d", d, 1), ("h", h, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}; expected an integer of {least} or more")
+    if capability is not None and (not isinstance(capability, int) or capability < 10):
+        raise ValueError(f"capability: got {capability!r}; expected an integer such as 90, for 9.0")
     device = torch.device(device)
     f = get_activation(activation)
     g = fused_output(get_activation(output_activation, "output_activation"), grad)
@@ -247,11 +249,12 @@ def request(
     recompute: bool | None,
     stats: bool = False,
     capability: int | None = None,
+    in_force: settings.Settings | None = None,
 ) -> Request:
-    """The problem, and what of the present settings its plan depends on."""
+    """The problem, and the settings that its plan depends on: the present ones where none are given."""
     if capability is None and device.type == "cuda":
         capability = devices.cuda_capability(device.index)
-    in_force = settings.current()
+    in_force = settings.current() if in_force is None else in_force
     return Request(
         n=n,
         d=d,

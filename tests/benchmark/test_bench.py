@@ -45,9 +45,18 @@ def test_measures_and_goes_on_after_what_it_does_not_know(tmp_path: Path) -> Non
 
 def test_nothing_to_measure(tmp_path: Path) -> None:
     assert RUN.invoke(app, ["bench", "--shapes", "nope", "--out", str(tmp_path)]).exit_code == 2
-    assert RUN.invoke(app, ["bench", *SMALL, "--part", "2/2", "--out", str(tmp_path)]).exit_code == 2
+    empty = RUN.invoke(app, ["bench", *SMALL, "--part", "2/2", "--out", str(tmp_path)])
+    assert (empty.exit_code, empty.stderr) == (2, "part: got '2/2'; there are no more than 1 problems\n")
     assert RUN.invoke(app, ["bench", *SMALL, "--part", "3/2", "--out", str(tmp_path)]).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["bench", *SMALL, "--peers", "eager"], ["profile", "4", "4", "4"]], ids=" ".join)
+def test_folder_that_cannot_be_written(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = RUN.invoke(app, [*command, "--out", str(tmp_path / "file" / "folder")], env={"COLUMNS": "500"})
+    assert done.exit_code == 2
+    assert "out: [Errno 20] Not a directory" in done.stderr
 
 
 def failing(error: BaseException) -> Callable[..., dict[str, Any]]:

@@ -65,6 +65,11 @@ def test_rates() -> None:
     assert rates == {"gemm": 2 * 64**3 / 2e-3, "read": read, "memory": read}
 
 
+@pytest.mark.usefixtures("small_machine")
+def test_float16_product_on_a_cpu_is_one_that_ends() -> None:
+    assert device.ceilings(CPU, torch.float16).amounts["gemm"] == 2 * 16**3
+
+
 def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(

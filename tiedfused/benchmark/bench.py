@@ -99,6 +99,9 @@ def bench(
         console.warn(line)
     cells = problems_of(wanted, list(dtypes or DTYPES[where.type]), passes, part)
     if not cells:
+        if len(problems) == began:
+            problems.append(f"part: got {part!r}; there are no more than {len(wanted)} problems")
+            console.warn(problems[-1])
         return None
 
     results: dict[str, Any] = {

@@ -33,7 +33,7 @@ def check_features(module: nn.Module, name: str, t: Tensor, size: int) -> None:
 
 def per_dimension(name: str, value: int | Sequence[int], dimensions: int, least: int) -> tuple[int, ...]:
     """One integer of at least `least` for each spatial dimension, from one for all or a sequence of them."""
-    sizes = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dimensions
     if len(sizes) != dimensions:
         raise ValueError(f"{name}: expected an integer or {dimensions} of them, got {value!r}")
     for size in sizes:

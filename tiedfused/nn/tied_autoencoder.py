@@ -119,6 +119,6 @@ class TiedAutoencoder(nn.Module):
 
 
 def _one_each(name: str, names: Sequence[str], depth: int) -> list[str]:
-    if len(names) != depth:
-        raise ValueError(f"{name}: expected one name, or {depth}, one a layer, got {list(names)!r}")
+    if not isinstance(names, Sequence) or len(names) != depth:
+        raise ValueError(f"{name}: expected one name, or {depth}, one a layer, got {names!r}")
     return list(names)

@@ -37,7 +37,8 @@ class TiedDecoder(nn.Module):
 
     Raises:
         TypeError: another kind of layer.
-        ValueError: a padding mode other than zeros, a padding with no mirror, `output_size` for an `nn.Linear`.
+        ValueError: a lazy layer that was not called yet, a padding mode other than zeros, a padding with no mirror,
+            `output_size` for an `nn.Linear`.
 
     Example:
         >>> import torch
@@ -65,6 +66,10 @@ class TiedDecoder(nn.Module):
         super().__init__()
         if not isinstance(encoder, nn.Linear | nn.Conv1d | nn.Conv2d):
             raise TypeError(f"encoder: expected nn.Linear, nn.Conv1d or nn.Conv2d, got {type(encoder).__name__}")
+        if isinstance(encoder.weight, nn.UninitializedParameter):
+            raise ValueError(
+                f"encoder: expected a layer with a weight, got {type(encoder).__name__}, which has none yet"
+            )
         if isinstance(encoder, nn.Linear):
             self.padding: tuple[int, ...] = ()
             if output_size is not None:
@@ -75,8 +80,15 @@ class TiedDecoder(nn.Module):
         self.output_size = output_size
         size = encoder.in_features if isinstance(encoder, nn.Linear) else encoder.in_channels
         weight = encoder.weight
-        zeros = nn.Parameter(torch.zeros(size, device=weight.device, dtype=weight.dtype)) if bias else None
-        self.register_parameter("bias", zeros)
+        value = nn.Parameter(torch.empty(size, device=weight.device, dtype=weight.dtype)) if bias else None
+        self.register_parameter("bias", value)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the bias to 0, also after `to_empty`; the weight is the encoder's to initialise."""
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, h: Tensor, output_size: int | Sequence[int] | None = None) -> Tensor:
         """The encoder's mirror.

@@ -192,7 +192,11 @@ class TiedLinear(nn.Module):
             >>> layer.project_atoms_()
             >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(256))
             True
+
+        Raises:
+            RuntimeError: `weight` is not a parameter, as with a parametrization or pruning.
         """
+        self._check_weight_is_a_parameter()
         self.weight.div_(_row_norms(self.weight))
 
     @torch.no_grad()
@@ -203,12 +207,20 @@ class TiedLinear(nn.Module):
         is thrown away. Other libraries call it ``remove_gradient_parallel_to_decoder_directions``.
 
         Raises:
-            RuntimeError: `weight` has no gradient.
+            RuntimeError: `weight` has no gradient, or is not a parameter.
         """
+        self._check_weight_is_a_parameter()
         if self.weight.grad is None:
             raise RuntimeError(f"{describe(self)}: weight has no gradient; call project_gradient_ after backward")
         atoms = self.weight / _row_norms(self.weight)
         self.weight.grad.sub_((self.weight.grad * atoms).sum(1, keepdim=True) * atoms)
+
+    def _check_weight_is_a_parameter(self) -> None:
+        if "weight" not in self._parameters:  # what is written to it would be lost
+            raise RuntimeError(
+                f"{describe(self)}: weight: expected a parameter, got a tensor computed from others, as by a "
+                "parametrization or pruning; normalize_atoms=True works with those"
+            )
 
     def _centred(self, x: Tensor) -> Tensor:
         check_features(self, "x", x, self.in_features)
