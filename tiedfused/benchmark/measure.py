@@ -175,7 +175,7 @@ def measure_cell(
     """
     begin = time.perf_counter()
     # operands, results of two peers, and the operands again in float64
-    needed, free = shape.bytes("step", 2 * dtype.itemsize + 8), devices.free_memory(device)
+    needed, free = shape.bytes(which, 2 * dtype.itemsize + 8), devices.free_memory(device)
     if needed > free:
         raise OutOfMemory(f"about {needed / MIB:.0f} MiB are needed, {free / MIB:.0f} MiB are free")
     operands = Operands.random(shape, dtype, device)
