@@ -477,6 +477,20 @@ def test_atomics_that_do_not_fit_leave_two_passes() -> None:
     assert p.deterministic
 
 
+def test_a_new_number_of_rows_is_planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of ever different sizes are planned each; what is known of a GPU is asked for once, not 11,000 times."""
+    asked: list[int | None] = []
+    known = devices.known_capability
+
+    def counted(capability: int | None) -> int:
+        asked.append(capability)
+        return known(capability)
+
+    monkeypatch.setattr(devices, "known_capability", counted)
+    plan(4321, 768, 24576, dtype=BF16, device="cuda", capability=90)
+    assert len(asked) <= 20
+
+
 def test_roofline_is_the_devices_own() -> None:
     slow, fast = (plan(4096, 768, 8192, dtype=BF16, device="cuda", capability=c).roofline_ms for c in (80, 100))
     assert slow > 3 * fast
