@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import tiedfused
 from tiedfused import devices, settings
 from tiedfused.planning import Plan, plan
 from tiedfused.regimes import REGIMES
-from tiedfused.regimes.common import Pass, TorchTile
+from tiedfused.regimes.common import Pass, TorchTile, why_not_triton
 from tiedfused.settings import MIB
 from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
 
@@ -525,6 +526,29 @@ def test_backends() -> None:
     assert found["tiled"] is None
     if not torch.cuda.is_available() and not devices.interpreting():
         assert "CUDA" in str(found["triton"])
+
+
+def test_where_triton_finds_no_compiler_tiles_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.runtime").driver
+
+    class Driver:
+        @property
+        def utils(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    r = plan(4096, 128, 8192, dtype=BF16, device="cuda", capability=90).request
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    devices.launcher_missing.cache_clear()
+    try:
+        assert why_not_triton(r) is None, "for a GPU that is not here"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert why_not_triton(r) == "Triton cannot launch kernels here: Failed to find C compiler."
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=None))
+        devices.launcher_missing.cache_clear()
+        assert why_not_triton(r) is None
+    finally:
+        devices.launcher_missing.cache_clear()
 
 
 def test_onednn_serves_large_float32_and_bfloat16_products_only() -> None:

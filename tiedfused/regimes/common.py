@@ -199,6 +199,8 @@ def why_not_triton(r: Request) -> str | None:
         return "its kernels have not been tried on ROCm"
     if not HAS_TRITON:
         return "Triton is not installed"
+    if r.device_type == "cuda" and torch.cuda.is_available() and (missing := devices.launcher_missing()) is not None:
+        return missing
     if r.capability is not None and r.capability < TRITON_MIN_CAPABILITY:
         return f"compute capability {r.capability / 10} is below {TRITON_MIN_CAPABILITY / 10}"
     if r.dtype not in TRITON_DTYPES:
