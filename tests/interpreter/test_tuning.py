@@ -146,6 +146,17 @@ def test_a_tile_that_gives_another_result_is_not_taken(tmp_path: Path, monkeypat
     assert config["tiles"]["forward"]["4"]["16"] == list(before.values())
 
 
+def test_a_tile_in_force_that_gives_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(p: kernels.Planned, sets: list[Operands]) -> Calls:
+        return [lambda call=call: tuple(t * float("nan") for t in call()) for call in kernels.launches(p, sets)]
+
+    only(monkeypatch, "forward")
+    monkeypatch.setattr(tune, "launches", wrong)
+    path, (problem,) = run(tmp_path, "40,16,48")
+    assert path is None
+    assert problem.endswith(", which is in force, gives results that are not finite")
+
+
 def test_a_kernel_that_fails_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(p: kernels.Planned, sets: list[Operands]) -> Calls:
         if p.one.kernel == "forward":

@@ -229,6 +229,8 @@ def search(one: _Kernel, budget: float) -> Found:
         if not _agree(_tensors(calls_of[tile][0]()), expected, one.dtype):
             del calls_of[tile]
             console.warn(f"{one.kernel}: {tile} gives another result than {before}, and is not taken")
+    if before not in calls_of:
+        raise ValueError(f"{before}, which is in force, gives results that are not finite")
     rounds: dict[AnyTile, list[float]] = {tile: [] for tile in calls_of}
     for _ in range(1 if interpreting() else FINAL_ROUNDS):
         for tile, calls in calls_of.items():
