@@ -32,7 +32,9 @@ from tiedfused.profile import peak_memory
 
 MIB = 2**20
 TOLERANCE = 1e-4  # relative difference of the final losses; rounding in fp32 accounts for about 1e-6
-TF32_TOLERANCE = 1e-3  # tf32 keeps 10 of the 23 bits
+# tf32 keeps 10 of the 23 bits, and training enlarges what becomes of the others: with operands rounded to it and with
+# them cut off, both emulated on a CPU, the final losses of the two models are 2.1e-3 and 1.7e-3 apart.
+TF32_TOLERANCE = 1e-2
 UNTIMED_STEPS = 2  # the first steps allocate and, on a GPU, compile
 
 PLAIN = "plain PyTorch"

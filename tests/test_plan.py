@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import tiedfused
 from tiedfused import devices, settings
 from tiedfused.planning import Plan, make_plan, plan
 from tiedfused.regimes import REGIMES, stream
-from tiedfused.regimes.common import Pass, TorchTile
+from tiedfused.regimes.common import Pass, TorchTile, why_not_triton
 from tiedfused.settings import MIB
 from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
 
@@ -490,6 +491,20 @@ def test_atomics_that_do_not_fit_leave_two_passes() -> None:
     assert p.deterministic
 
 
+def test_a_new_number_of_rows_is_planned_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of ever different sizes are planned each; what is known of a GPU is asked for once, not 11,000 times."""
+    asked: list[int | None] = []
+    known = devices.known_capability
+
+    def counted(capability: int | None) -> int:
+        asked.append(capability)
+        return known(capability)
+
+    monkeypatch.setattr(devices, "known_capability", counted)
+    plan(4321, 768, 24576, dtype=BF16, device="cuda", capability=90)
+    assert len(asked) <= 20
+
+
 def test_roofline_is_the_devices_own() -> None:
     slow, fast = (plan(4096, 768, 8192, dtype=BF16, device="cuda", capability=c).roofline_ms for c in (80, 100))
     assert slow > 3 * fast
@@ -524,6 +539,29 @@ def test_backends() -> None:
     assert found["tiled"] is None
     if not torch.cuda.is_available() and not devices.interpreting():
         assert "CUDA" in str(found["triton"])
+
+
+def test_where_triton_finds_no_compiler_tiles_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.runtime").driver
+
+    class Driver:
+        @property
+        def utils(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    r = plan(4096, 128, 8192, dtype=BF16, device="cuda", capability=90).request
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    devices.launcher_missing.cache_clear()
+    try:
+        assert why_not_triton(r) is None, "for a GPU that is not here"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert why_not_triton(r) == "Triton cannot launch kernels here: Failed to find C compiler."
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=None))
+        devices.launcher_missing.cache_clear()
+        assert why_not_triton(r) is None
+    finally:
+        devices.launcher_missing.cache_clear()
 
 
 def test_onednn_serves_large_float32_and_bfloat16_products_only() -> None:

@@ -99,6 +99,22 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def launcher_missing() -> str | None:
+    """Why Triton cannot launch kernels on the GPU that is here, or None if it can.
+
+    It builds what launches them with a C compiler, against Python's headers and the driver's library: images made for
+    running programs have a GPU, but often no compiler.
+    """
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018 - made when it is first asked for, as a launch does
+    except Exception as error:  # of the compiler, of the linker, of the search for them
+        return f"Triton cannot launch kernels here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None
+
+
+@functools.cache
 def onednn_missing() -> str | None:
     """Why the products on the CPU do not go to oneDNN, or None if they do.
 

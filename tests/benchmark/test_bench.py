@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tiedfused.benchmark import bench, measure, report
+from tiedfused.benchmark import bench, device, measure, report
 from tiedfused.cli import app
 
 RUN = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
@@ -95,7 +95,8 @@ def test_a_failing_cell(error: Exception, line: str, tmp_path: Path, monkeypatch
 
 
 def test_a_failing_gpu_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "measure_cell", failing(RuntimeError("CUDA error: an illegal memory access")))
+    monkeypatch.setattr(bench, "measure_cell", failing(RuntimeError("Triton Error [CUDA]: an illegal memory access")))
+    monkeypatch.setattr(device, "has_failed", lambda _: True)
     path, problems = run(tmp_path)
     assert path is not None
     assert len(report.load(path)["cells"]) == 1

@@ -70,6 +70,17 @@ def test_float16_product_on_a_cpu_is_one_that_ends() -> None:
     assert device.ceilings(CPU, torch.float16).amounts["gemm"] == 2 * 16**3
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: an illegal memory access was encountered")])
+def test_a_gpu_that_has_failed(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(_: torch.device) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert device.has_failed(torch.device("cuda", 0)) == (error is not None)
+    assert not device.has_failed(CPU)
+
+
 def test_clocks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(

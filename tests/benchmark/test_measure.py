@@ -96,6 +96,14 @@ def test_wrong_peer_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_a_peer_that_makes_the_gpu_fail_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, "epilogue", lambda: lambda *t: 1 / 0)
+    monkeypatch.setattr(devices, "has_failed", lambda _: True)
+    with pytest.raises(RuntimeError, match=r"^epilogue: ZeroDivisionError: division by zero$"):
+        cell("fwd", ["eager", "epilogue", "checkpoint"])
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_too_little_memory_costs_those_who_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(2000, 8, 2000)
     monkeypatch.setattr(devices, "free_memory", lambda _: 10 << 20)

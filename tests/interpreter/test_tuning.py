@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tiedfused import tiles
-from tiedfused.benchmark import kernels, tune
+from tiedfused.benchmark import device, kernels, tune
 from tiedfused.benchmark.peers import Operands
 from tiedfused.benchmark.shapes import Shape
 from tiedfused.planning import Plan
@@ -146,6 +146,17 @@ def test_a_tile_that_gives_another_result_is_not_taken(tmp_path: Path, monkeypat
     assert config["tiles"]["forward"]["4"]["16"] == list(before.values())
 
 
+def test_a_tile_in_force_that_gives_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(p: kernels.Planned, sets: list[Operands]) -> Calls:
+        return [lambda call=call: tuple(t * float("nan") for t in call()) for call in kernels.launches(p, sets)]
+
+    only(monkeypatch, "forward")
+    monkeypatch.setattr(tune, "launches", wrong)
+    path, (problem,) = run(tmp_path, "40,16,48")
+    assert path is None
+    assert problem.endswith(", which is in force, gives results that are not finite")
+
+
 def test_a_kernel_that_fails_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(p: kernels.Planned, sets: list[Operands]) -> Calls:
         if p.one.kernel == "forward":
@@ -158,6 +169,28 @@ def test_a_kernel_that_fails_costs_only_itself(tmp_path: Path, monkeypatch: pyte
     assert problems == ["forward (40, 16, 48) float32: out of resources"]
     assert path is not None
     assert set(json.loads(path.read_text())["tiles"]) == {"input_grad", "weight_grad"}
+
+
+def test_a_tile_that_makes_the_gpu_fail_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and nothing else is blamed or compiled in vain."""
+    tried: list[Any] = []
+
+    def fails(p: kernels.Planned, sets: list[Operands]) -> Calls:
+        tried.append(p.one.tile)
+        if p.one.tile in SPACE[Tile]:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access\nsecond line")
+        return kernels.launches(p, sets)
+
+    only(monkeypatch, *STREAM)
+    monkeypatch.setattr(tune, "launches", fails)
+    monkeypatch.setattr(device, "has_failed", lambda _: tried[-1] in SPACE[Tile])
+    path, problems = run(tmp_path, "40,16,48")
+    assert path is None
+    assert problems == [
+        f"forward (40, 16, 48) float32: {tried[-1]}: Triton Error [CUDA]: an illegal memory access",
+        "the GPU has failed: 2 more kernels are not tuned",
+    ]
+    assert len(tried) == 2
 
 
 def test_a_budget_that_is_used_up(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def _measure(
                 continue
             except RuntimeError as error:
                 problem(f"{label}: {str(error).splitlines()[0]}")
-                if "CUDA error" in str(error):  # it stays in every later call of this process
+                if devices.has_failed(where):
                     problem(f"the GPU has failed: {len(cells) - i - 1} more problems are not measured")
                     break
                 continue

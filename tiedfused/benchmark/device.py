@@ -122,6 +122,20 @@ def free_memory(device: torch.device) -> int:
     return 1 << 62
 
 
+def has_failed(device: torch.device) -> bool:
+    """Whether nothing runs on a GPU any more: an illegal access fails every later call of the process.
+
+    Asked of the GPU: what reports it first says "CUDA error", or "Triton Error [CUDA]" as of a launch that is merely
+    refused.
+    """
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
+
+
 # ---- clocks --------------------------------------------------------------------------------------------------------
 
 

@@ -172,6 +172,7 @@ def measure_cell(
 
     Raises:
         torch.OutOfMemoryError: not even the operands and results fit.
+        RuntimeError: a peer made the GPU fail; which one it was comes first.
     """
     begin = time.perf_counter()
     # operands, results of two peers, and the operands again in float64
@@ -203,6 +204,8 @@ def measure_cell(
             torch.cuda.empty_cache()
         except Exception as error:  # one peer that does not run must not cost the others' results
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if devices.has_failed(device):
+                raise RuntimeError(f"{peer}: {why}") from error
         if why is not None:
             cell["skipped"][peer] = why
             continue

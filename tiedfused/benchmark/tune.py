@@ -216,7 +216,9 @@ def search(one: _Kernel, budget: float) -> Found:
             if one.ms(calls, 1) < 3 * min(times.values(), default=float("inf")):
                 times[tile] = one.ms(calls, once)
         except Exception as error:  # the compiler's own limits are tighter than the model's: then it is no candidate
-            if tile == before or "CUDA error" in str(error):
+            if devices.has_failed(one.device):
+                raise RuntimeError(f"{tile}: {(str(error).splitlines() or [''])[0]}") from error
+            if tile == before:
                 raise
     finalists = sorted(times, key=times.__getitem__)[:FINALISTS]
     if before not in finalists:
@@ -227,6 +229,8 @@ def search(one: _Kernel, budget: float) -> Found:
         if not _agree(_tensors(calls_of[tile][0]()), expected, one.dtype):
             del calls_of[tile]
             console.warn(f"{one.kernel}: {tile} gives another result than {before}, and is not taken")
+    if before not in calls_of:
+        raise ValueError(f"{before}, which is in force, gives results that are not finite")
     rounds: dict[AnyTile, list[float]] = {tile: [] for tile in calls_of}
     for _ in range(1 if interpreting() else FINAL_ROUNDS):
         for tile, calls in calls_of.items():
@@ -333,6 +337,9 @@ def tune(
                 found = search(one, left / (len(work) - i))
             except Exception as error:  # too little memory, a compiler or a GPU that fails: the other kernels go on
                 problem(f"{label}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+                if devices.has_failed(where):
+                    problem(f"the GPU has failed: {len(work) - i - 1} more kernels are not tuned")
+                    break
                 continue
             finally:
                 if one is not None:

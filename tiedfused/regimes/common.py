@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -77,7 +78,7 @@ class Request:
         """``"bfloat16"`` and the like."""
         return str(self.dtype).removeprefix("torch.")
 
-    @property
+    @functools.cached_property
     def operands(self) -> str:
         """As `tiles.lookup` names them: ``"tf32"`` where fp32 is multiplied as that, else the dtype's name."""
         return tiles.operands(self.dtype_name, self.precision)
@@ -97,19 +98,19 @@ class Request:
         """What the caller or the settings ask for; None leaves it to the plan."""
         return self.in_force.recompute if self.recompute is None else self.recompute
 
-    @property
+    @functools.cached_property
     def gpu(self) -> int:
         """The compute capability that is planned for, one of `devices.GPUS`."""
         return devices.known_capability(self.capability)
 
-    @property
+    @functools.cached_property
     def device(self) -> Device:
         """What the cost model knows of the device; of the GPU that is stood in for, in Triton's interpreter."""
         if self.device_type == "cpu" and not devices.interpreting():
             return devices.cpu(self.threads)
         return devices.GPUS[self.gpu]
 
-    @property
+    @functools.cached_property
     def multiprocessors(self) -> int:
         """Of the device itself where it is present."""
         present = devices.multiprocessors(self.device_index) if self.device_type == "cuda" else None
@@ -198,6 +199,8 @@ def why_not_triton(r: Request) -> str | None:
         return "its kernels have not been tried on ROCm"
     if not HAS_TRITON:
         return "Triton is not installed"
+    if r.device_type == "cuda" and torch.cuda.is_available() and (missing := devices.launcher_missing()) is not None:
+        return missing
     if r.capability is not None and r.capability < TRITON_MIN_CAPABILITY:
         return f"compute capability {r.capability / 10} is below {TRITON_MIN_CAPABILITY / 10}"
     if r.dtype not in TRITON_DTYPES:

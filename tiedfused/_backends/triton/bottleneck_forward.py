@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
+from tiedfused._backends.triton.grid import cdiv
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats, store_stats
 from tiedfused.activations import Activation
 from tiedfused.reference import LatentStats
@@ -112,7 +113,7 @@ def bottleneck_forward(
     H = weight.shape[0]
     assert tile.block_h >= H
     y = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(N, tile.block_n)
+    blocks = cdiv(N, tile.block_n)
     parts = None if stats is None else partial_stats(N, H, 1, blocks, x.device)
     bottleneck_forward_kernel[(blocks,)](
         x_ptr=x,

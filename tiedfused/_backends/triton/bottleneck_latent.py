@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine_blocks, sum_parts
+from tiedfused._backends.triton.grid import cdiv
 from tiedfused._backends.triton.stats import add_penalties
 from tiedfused.activations import Activation
 from tiedfused.tiles import LatentTile
@@ -166,7 +167,7 @@ def bottleneck_latent(
     if split > 1:
         a = torch.empty((split, N, H), dtype=torch.float32, device=x.device)
         grad_h = None if grad_pre is None else torch.empty_like(a)
-    bottleneck_latent_kernel[(triton.cdiv(N, tile.block_n), triton.cdiv(H, tile.block_h), split)](
+    bottleneck_latent_kernel[(cdiv(N, tile.block_n), cdiv(H, tile.block_h), split)](
         grad_pre_ptr=grad_pre,
         x_ptr=x,
         w_ptr=weight,
@@ -196,7 +197,7 @@ def bottleneck_latent(
     )
     if split > 1:
         parts, block = combine_blocks(split)
-        combine_latent_kernel[(triton.cdiv(h.numel(), block),)](
+        combine_latent_kernel[(cdiv(h.numel(), block),)](
             a_ptr=a,
             grad_h_ptr=grad_h,
             bias_enc_ptr=bias_enc,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
-from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.grid import block_of, cdiv
 from tiedfused._backends.triton.rows import numbers
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import GemmTile
@@ -106,7 +106,7 @@ def chunk_decode(
     N, H = latent.shape
     D = weight.shape[1]
     assert earlier is None or earlier.stride() == out.stride() or split == 1
-    chunk_decode_kernel[(triton.cdiv(N, tile.block_m) * triton.cdiv(D, tile.block_n), split)](
+    chunk_decode_kernel[(cdiv(N, tile.block_m) * cdiv(D, tile.block_n), split)](
         latent_ptr=latent,
         w_ptr=weight,
         bias_dec_ptr=bias_dec,
@@ -124,7 +124,7 @@ def chunk_decode(
         PRECISION=precision,
         EVEN_H=H % tile.block_k == 0,
         # parts of whole steps: 5 steps in 4 parts are 2, 2, 1 and none
-        NO_PART_EMPTY=(split - 1) * triton.cdiv(triton.cdiv(H, tile.block_k), split) < triton.cdiv(H, tile.block_k),
+        NO_PART_EMPTY=(split - 1) * cdiv(cdiv(H, tile.block_k), split) < cdiv(H, tile.block_k),
         ALIGNMENT=alignment(weight),
         LATENT_ALIGNMENT=alignment(latent),
         BLOCK_N=tile.block_m,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
-from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.grid import block_of, cdiv
 from tiedfused._backends.triton.rows import numbers
 from tiedfused._backends.triton.stats import add_penalties, store_stats
 from tiedfused.activations import Activation
@@ -147,7 +147,7 @@ def chunk_latent(
     assert activation.triton is not None
     N, D = x.shape
     H = weight.shape[0]
-    chunk_latent_kernel[(triton.cdiv(N, tile.block_m) * triton.cdiv(H, tile.block_n),)](
+    chunk_latent_kernel[(cdiv(N, tile.block_m) * cdiv(H, tile.block_n),)](
         x_ptr=x,
         grad_pre_ptr=grad_pre,
         w_ptr=weight,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
-from tiedfused._backends.triton.grid import block_of
+from tiedfused._backends.triton.grid import block_of, cdiv
 from tiedfused.tiles import GemmTile
 
 
@@ -121,7 +121,7 @@ def chunk_weight_grad(
     N, H = h.shape
     D = x.shape[1]
     assert earlier is None or earlier.stride() == out.stride() or split == 1
-    chunk_weight_grad_kernel[(triton.cdiv(H, tile.block_m) * triton.cdiv(D, tile.block_n), split)](
+    chunk_weight_grad_kernel[(cdiv(H, tile.block_m) * cdiv(D, tile.block_n), split)](
         grad_a_ptr=grad_a,
         h_ptr=h,
         x_ptr=x,

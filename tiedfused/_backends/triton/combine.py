@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiedfused._backends.triton.grid import cdiv
 from tiedfused.activations import Activation
 
 
@@ -24,7 +25,7 @@ def sum_parts(
 
 def combine_blocks(split: int) -> tuple[int, int]:
     """How many parts and how many columns a program of four warps adds at once: 16 elements a thread."""
-    parts = min(32, triton.next_power_of_2(split))
+    parts = min(32, 1 << (split - 1).bit_length())
     return parts, 2048 // parts
 
 
@@ -60,7 +61,7 @@ def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Ac
     assert activation.triton is not None
     size, split = out.numel(), partial.shape[0]
     parts, block = combine_blocks(split)
-    combine_kernel[(triton.cdiv(size, block),)](
+    combine_kernel[(cdiv(size, block),)](
         partial_ptr=partial,
         bias_ptr=bias,
         out_ptr=out,

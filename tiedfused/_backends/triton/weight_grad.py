@@ -17,7 +17,7 @@ from tiedfused._backends.triton import rows
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.combine import combine
 from tiedfused._backends.triton.compat import describable, make_descriptor, with_descriptor_memory
-from tiedfused._backends.triton.grid import part_of
+from tiedfused._backends.triton.grid import cdiv, part_of
 from tiedfused._backends.triton.stats import times_sign
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import Tile, block_d
@@ -174,11 +174,11 @@ def weight_grad(
     else:
         partial_w = torch.empty((split, H, D), dtype=torch.float32, device=x.device)
         partial_bias_enc = torch.empty((split, H), dtype=torch.float32, device=x.device)
-    assert split <= triton.cdiv(N, tile.block_n)
+    assert split <= cdiv(N, tile.block_n)
     widths = block_d(D)
     if tile.warp_specialize and not describable(grad_pre, x, weight, bias_enc):
         tile = tile.plain()
-    launch = weight_grad_kernel[(triton.cdiv(H, tile.block_h), split)]
+    launch = weight_grad_kernel[(cdiv(H, tile.block_h), split)]
     if tile.warp_specialize:
         launch = with_descriptor_memory(launch)
     launch(
