@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of, cdiv
+from tiedfused._backends.triton.launch import Grid, Repeats, launch
 from tiedfused._backends.triton.rows import numbers
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.tiles import GemmTile
@@ -88,6 +91,7 @@ def chunk_decode(
     tile: GemmTile,
     split: int,
     precision: str,
+    repeats: Repeats | None = None,
 ) -> None:
     """Write ``g(latent W + earlier + b_dec)`` to `out`, for a chunk of the latent and its rows of W.
 
@@ -101,36 +105,38 @@ def chunk_decode(
         tile: block_m rows, block_n of d, block_k latents a step.
         split: into how many parts H is divided.
         precision: "ieee" or "tf32", for fp32 inputs.
+        repeats: of the call that launches this for one chunk after another; or None.
     """
-    assert output_activation.triton is not None
+    g = output_activation.triton
+    assert g is not None
     N, H = latent.shape
     D = weight.shape[1]
     assert earlier is None or earlier.stride() == out.stride() or split == 1
-    chunk_decode_kernel[(cdiv(N, tile.block_m) * cdiv(D, tile.block_n), split)](
-        latent_ptr=latent,
-        w_ptr=weight,
-        bias_dec_ptr=bias_dec,
-        sum_ptr=earlier,
-        out_ptr=out,
-        N=N,
-        H=H,
-        D=D,
-        stride_latent=latent.stride(0),
-        stride_w=weight.stride(0),
-        stride_sum=0 if earlier is None else earlier.stride(-2),
-        stride_out=out.stride(-2),
-        stride_part=out.stride(0) if split > 1 else 0,
-        OUTPUT_ACTIVATION=output_activation.triton[0],
-        PRECISION=precision,
-        EVEN_H=H % tile.block_k == 0,
-        # parts of whole steps: 5 steps in 4 parts are 2, 2, 1 and none
-        NO_PART_EMPTY=(split - 1) * cdiv(cdiv(H, tile.block_k), split) < cdiv(H, tile.block_k),
-        ALIGNMENT=alignment(weight),
-        LATENT_ALIGNMENT=alignment(latent),
-        BLOCK_N=tile.block_m,
-        BLOCK_D=tile.block_n,
-        BLOCK_H=tile.block_k,
-        GROUP=8,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+
+    def arguments() -> tuple[Grid, dict[str, Any]]:
+        return (cdiv(N, tile.block_m) * cdiv(D, tile.block_n), split), {
+            "N": N,
+            "H": H,
+            "D": D,
+            "stride_latent": latent.stride(0),
+            "stride_w": weight.stride(0),
+            "stride_sum": 0 if earlier is None else earlier.stride(-2),
+            "stride_out": out.stride(-2),
+            "stride_part": out.stride(0) if split > 1 else 0,
+            "OUTPUT_ACTIVATION": g[0],
+            "PRECISION": precision,
+            "EVEN_H": H % tile.block_k == 0,
+            # parts of whole steps: 5 steps in 4 parts are 2, 2, 1 and none
+            "NO_PART_EMPTY": (split - 1) * cdiv(cdiv(H, tile.block_k), split) < cdiv(H, tile.block_k),
+            "ALIGNMENT": alignment(weight),
+            "LATENT_ALIGNMENT": alignment(latent),
+            "BLOCK_N": tile.block_m,
+            "BLOCK_D": tile.block_n,
+            "BLOCK_H": tile.block_k,
+            "GROUP": 8,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    operands = (latent, weight, bias_dec, earlier, out)
+    launch(chunk_decode_kernel, operands, arguments, repeats, (output_activation.name, tile, split, precision))

@@ -4,12 +4,15 @@ both products. Where the forward kept h, it is read, and only the second product
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of, cdiv
+from tiedfused._backends.triton.launch import Grid, Repeats, launch
 from tiedfused._backends.triton.rows import numbers
 from tiedfused._backends.triton.stats import add_penalties, store_stats
 from tiedfused.activations import Activation
@@ -124,6 +127,7 @@ def chunk_latent(
     activation: Activation,
     tile: GemmTile,
     precision: str,
+    repeats: Repeats | None = None,
 ) -> None:
     """Write a chunk of h, of ā, or of both.
 
@@ -143,44 +147,39 @@ def chunk_latent(
         activation: f, an entry with a Triton pair; with `kept` one whose gradient is read off its output.
         tile: block_m rows, block_n latents, block_k of d a step.
         precision: "ieee" or "tf32", for fp32 inputs.
+        repeats: of the call that launches this for one chunk after another; or None.
     """
-    assert activation.triton is not None
+    f = activation.triton
+    assert f is not None
     N, D = x.shape
     H = weight.shape[0]
-    chunk_latent_kernel[(cdiv(N, tile.block_m) * cdiv(H, tile.block_n),)](
-        x_ptr=x,
-        grad_pre_ptr=grad_pre,
-        w_ptr=weight,
-        bias_enc_ptr=bias_enc,
-        grad_l1_ptr=grad_l1,
-        grad_total_ptr=grad_total,
-        h_ptr=h,
-        grad_a_ptr=grad_a,
-        grad_bias_enc_ptr=grad_bias_enc,
-        l1_ptr=None if stats is None else stats.l1,
-        l0_ptr=None if stats is None else stats.l0,
-        total_ptr=None if stats is None else stats.mean,
-        fired_ptr=None if stats is None else stats.fired,
-        N=N,
-        H=H,
-        D=D,
-        stride_x=x.stride(0),
-        stride_grad_pre=0 if grad_pre is None else grad_pre.stride(0),
-        stride_w=weight.stride(0),
-        stride_h=0 if h is None else h.stride(0),
-        stride_grad_a=0 if grad_a is None else grad_a.stride(0),
-        stride_grad_bias_enc=0 if grad_bias_enc is None else grad_bias_enc.stride(0),
-        ACTIVATION=activation.triton[0],
-        DERIVATIVE=activation.triton[1],
-        PRECISION=precision,
-        KEPT=kept,
-        EVEN_D=D % tile.block_k == 0,
-        ALIGNMENT=alignment(x, grad_pre, weight),
-        LATENT_ALIGNMENT=alignment(h, grad_a),
-        BLOCK_N=tile.block_m,
-        BLOCK_H=tile.block_n,
-        BLOCK_D=tile.block_k,
-        GROUP=8,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    sums = (None,) * 4 if stats is None else (stats.l1, stats.l0, stats.mean, stats.fired)
+
+    def arguments() -> tuple[Grid, dict[str, Any]]:
+        return (cdiv(N, tile.block_m) * cdiv(H, tile.block_n), 1), {
+            "N": N,
+            "H": H,
+            "D": D,
+            "stride_x": x.stride(0),
+            "stride_grad_pre": 0 if grad_pre is None else grad_pre.stride(0),
+            "stride_w": weight.stride(0),
+            "stride_h": 0 if h is None else h.stride(0),
+            "stride_grad_a": 0 if grad_a is None else grad_a.stride(0),
+            "stride_grad_bias_enc": 0 if grad_bias_enc is None else grad_bias_enc.stride(0),
+            "ACTIVATION": f[0],
+            "DERIVATIVE": f[1],
+            "PRECISION": precision,
+            "KEPT": kept,
+            "EVEN_D": D % tile.block_k == 0,
+            "ALIGNMENT": alignment(x, grad_pre, weight),
+            "LATENT_ALIGNMENT": alignment(h, grad_a),
+            "BLOCK_N": tile.block_m,
+            "BLOCK_H": tile.block_n,
+            "BLOCK_D": tile.block_k,
+            "GROUP": 8,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    operands = (x, grad_pre, weight, bias_enc, grad_l1, grad_total, h, grad_a, grad_bias_enc, *sums)
+    launch(chunk_latent_kernel, operands, arguments, repeats, (activation.name, kept, tile, precision))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.alignment import aligned, alignment
 from tiedfused._backends.triton.grid import block_of, cdiv
+from tiedfused._backends.triton.launch import Grid, Repeats, launch
 from tiedfused.tiles import GemmTile
 
 
@@ -104,6 +107,7 @@ def chunk_weight_grad(
     tile: GemmTile,
     split: int,
     precision: str,
+    repeats: Repeats | None = None,
 ) -> None:
     """Write ``āᵀ x + hᵀ ō + earlier`` to `out`.
 
@@ -117,35 +121,35 @@ def chunk_weight_grad(
         tile: block_m latents, block_n of d, block_k rows a step.
         split: into how many parts N is divided.
         precision: "ieee" or "tf32", for fp32 inputs.
+        repeats: of the call that launches this for one chunk after another; or None.
     """
     N, H = h.shape
     D = x.shape[1]
     assert earlier is None or earlier.stride() == out.stride() or split == 1
-    chunk_weight_grad_kernel[(cdiv(H, tile.block_m) * cdiv(D, tile.block_n), split)](
-        grad_a_ptr=grad_a,
-        h_ptr=h,
-        x_ptr=x,
-        grad_pre_ptr=grad_pre,
-        sum_ptr=earlier,
-        out_ptr=out,
-        N=N,
-        H=H,
-        D=D,
-        stride_grad_a=grad_a.stride(0),
-        stride_h=h.stride(0),
-        stride_x=x.stride(0),
-        stride_grad_pre=grad_pre.stride(0),
-        stride_sum=0 if earlier is None else earlier.stride(-2),
-        stride_out=out.stride(-2),
-        stride_part=out.stride(0) if split > 1 else 0,
-        PRECISION=precision,
-        EVEN_N=N % tile.block_k == 0,
-        ALIGNMENT=alignment(x, grad_pre),
-        LATENT_ALIGNMENT=alignment(grad_a, h),
-        BLOCK_H=tile.block_m,
-        BLOCK_D=tile.block_n,
-        BLOCK_N=tile.block_k,
-        GROUP=8,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+
+    def arguments() -> tuple[Grid, dict[str, Any]]:
+        return (cdiv(H, tile.block_m) * cdiv(D, tile.block_n), split), {
+            "N": N,
+            "H": H,
+            "D": D,
+            "stride_grad_a": grad_a.stride(0),
+            "stride_h": h.stride(0),
+            "stride_x": x.stride(0),
+            "stride_grad_pre": grad_pre.stride(0),
+            "stride_sum": 0 if earlier is None else earlier.stride(-2),
+            "stride_out": out.stride(-2),
+            "stride_part": out.stride(0) if split > 1 else 0,
+            "PRECISION": precision,
+            "EVEN_N": N % tile.block_k == 0,
+            "ALIGNMENT": alignment(x, grad_pre),
+            "LATENT_ALIGNMENT": alignment(grad_a, h),
+            "BLOCK_H": tile.block_m,
+            "BLOCK_D": tile.block_n,
+            "BLOCK_N": tile.block_k,
+            "GROUP": 8,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    operands = (grad_a, h, x, grad_pre, earlier, out)
+    launch(chunk_weight_grad_kernel, operands, arguments, repeats, (tile, split, precision))

@@ -13,6 +13,7 @@ from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_latent import chunk_latent
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.launch import Repeats
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
@@ -39,10 +40,10 @@ class _Sum:
         completes = last and self.split == 1
         return {"earlier": None if first else sums, "out": self.out[rows] if completes else sums, "split": self.split}
 
-    def finish(self, bias: Tensor | None = None, activation: Activation = IDENTITY) -> None:
+    def finish(self, repeats: Repeats | None, bias: Tensor | None = None, activation: Activation = IDENTITY) -> None:
         """Combine the parts, if there are parts."""
         if self.split > 1:
-            combine(self.sums, self.out, bias, activation=activation)
+            combine(self.sums, self.out, bias, activation=activation, repeats=repeats)
 
 
 def _slices(size: int, chunk: int) -> list[slice]:
@@ -70,22 +71,27 @@ def forward(
     buffer = torch.empty(part.chunk if kept is None else (0, 0), dtype=x.dtype, device=x.device)
     stats = zero_stats(x, weight) if plan.stats else None
     all_latents = _slices(H, part.chunk[1])
-    for rows in _slices(N, part.chunk[0]):
+    all_rows = _slices(N, part.chunk[0])
+    repeats: Repeats | None = {} if len(all_rows) * len(all_latents) > 1 else None
+    for rows in all_rows:
         size = rows.stop - rows.start
+        x_rows = x[rows]
         sum_y = _Sum(y[rows], len(all_latents), decode.split)
         for latents in all_latents:
             width = latents.stop - latents.start
             h = buffer[:size, :width] if kept is None else kept[rows, latents]
+            w = weight[latents]
             bias = None if bias_enc is None else bias_enc[latents]
             parts = _partial_stats(size, width, encode.tile, x.device) if stats is not None else None
             chunk_latent(
-                x[rows],
+                x_rows,
                 None,
-                weight[latents],
+                w,
                 bias,
                 h=h,
                 stats=parts,
                 activation=plan.activation,
+                repeats=repeats,
                 **options(encode, plan),
             )
             if stats is not None and parts is not None:
@@ -93,13 +99,14 @@ def forward(
             completes = latents.stop == H and decode.split == 1
             chunk_decode(
                 h,
-                weight[latents],
+                w,
                 bias_dec if completes else None,
                 output_activation=plan.output_activation if completes else IDENTITY,
+                repeats=repeats,
                 **sum_y.step(slice(0, size), latents.start == 0, latents.stop == H),
                 **options(decode, plan),
             )
-        sum_y.finish(bias_dec, plan.output_activation)
+        sum_y.finish(repeats, bias_dec, plan.output_activation)
     return y, kept, stats
 
 
@@ -172,8 +179,10 @@ def _sweep(
     grad_weight = torch.empty((H, D), **like_x) if need_weight else None
     grad_bias = torch.empty(H, dtype=torch.float32, device=x.device) if need_bias else None
     sum_x = _Sum(grad_x, len(all_latents), decode_pass.split) if need_x and grad_x is not None and decode_pass else None
+    repeats: Repeats | None = {} if len(all_rows) * len(all_latents) > 1 else None
     for latents in all_latents:
         width = latents.stop - latents.start
+        w = weight[latents]
         bias = None if bias_enc is None else bias_enc[latents]
         sum_weight = None
         if grad_weight is not None and weight_pass is not None:
@@ -192,7 +201,7 @@ def _sweep(
             chunk_latent(
                 x_rows,
                 grad_rows,
-                weight[latents],
+                w,
                 bias,
                 None if grad_l1 is None else grad_l1[rows],
                 None if grad_total is None else grad_total[latents],
@@ -201,18 +210,19 @@ def _sweep(
                 grad_a=grad_a,
                 grad_bias_enc=None if sum_bias is None else sum_bias[i * blocks[0] :],
                 activation=plan.activation,
+                repeats=repeats,
                 **options(latent_pass, plan),
             )
             if sum_weight is not None and weight_pass is not None and h is not None:
                 step = sum_weight.step(slice(0, width), rows.start == 0, rows.stop == N)
-                chunk_weight_grad(grad_a, h, x_rows, grad_rows, **step, **options(weight_pass, plan))
+                chunk_weight_grad(grad_a, h, x_rows, grad_rows, repeats=repeats, **step, **options(weight_pass, plan))
             if sum_x is not None and decode_pass is not None:
                 step = sum_x.step(rows, latents.start == 0, latents.stop == H)
-                chunk_decode(grad_a, weight[latents], None, **step, **options(decode_pass, plan))
+                chunk_decode(grad_a, w, None, repeats=repeats, **step, **options(decode_pass, plan))
         if sum_weight is not None:
-            sum_weight.finish()
+            sum_weight.finish(repeats)
         if sum_bias is not None and grad_bias is not None:
-            combine(sum_bias, grad_bias[latents], None, activation=IDENTITY)
+            combine(sum_bias, grad_bias[latents], None, activation=IDENTITY, repeats=repeats)
     if sum_x is not None:
-        sum_x.finish()
+        sum_x.finish(repeats)
     return grad_x, grad_weight, grad_bias

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tiedfused._backends.triton.grid import cdiv
+from tiedfused._backends.triton.launch import Grid, Repeats, launch
 from tiedfused.activations import Activation
 
 
@@ -49,7 +52,9 @@ def combine_kernel(
     tl.store(out_ptr + offs, ACTIVATION(total).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Activation) -> None:
+def combine(
+    partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Activation, repeats: Repeats | None = None
+) -> None:
     """Add the parts in order, add the bias, apply g in fp32, and write the result to `out`.
 
     Args:
@@ -57,19 +62,22 @@ def combine(partial: Tensor, out: Tensor, bias: Tensor | None, *, activation: Ac
         out: contiguous, bf16, fp16 or fp32; overwritten.
         bias: [out.shape[-1]], any floating dtype, or None.
         activation: g, an entry with a Triton pair.
+        repeats: of the call that launches this for one chunk after another; or None.
     """
-    assert activation.triton is not None
+    g = activation.triton
+    assert g is not None
     size, split = out.numel(), partial.shape[0]
     parts, block = combine_blocks(split)
-    combine_kernel[(cdiv(size, block),)](
-        partial_ptr=partial,
-        bias_ptr=bias,
-        out_ptr=out,
-        size=size,
-        columns=out.shape[-1],
-        split=split,
-        ACTIVATION=activation.triton[0],
-        PARTS=parts,
-        BLOCK=block,
-        num_warps=4,
-    )
+
+    def arguments() -> tuple[Grid, dict[str, Any]]:
+        return (cdiv(size, block), 1), {
+            "size": size,
+            "columns": out.shape[-1],
+            "split": split,
+            "ACTIVATION": g[0],
+            "PARTS": parts,
+            "BLOCK": block,
+            "num_warps": 4,
+        }
+
+    launch(combine_kernel, (partial, bias, out), arguments, repeats, activation.name)
