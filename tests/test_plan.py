@@ -17,7 +17,7 @@ import torch
 import tiedfused
 from tiedfused import devices, settings
 from tiedfused.planning import Plan, make_plan, plan
-from tiedfused.regimes import REGIMES, stream
+from tiedfused.regimes import REGIMES, chunked, stream
 from tiedfused.regimes.common import Pass, TorchTile, why_not_triton
 from tiedfused.settings import MIB
 from tiedfused.tiles import ARCHITECTURES, AnyTile, Tile, block_d, check_tile
@@ -575,3 +575,13 @@ def test_onednn_serves_large_float32_and_bfloat16_products_only() -> None:
     assert products(8192, 128, 8192, dtype=BF16) == large
     assert products(8192, 128, 8192, dtype=torch.float64) == "blas"
     assert products(4, 8, 16) == "blas"
+
+
+def test_many_chunks_take_the_host_their_launches() -> None:
+    with settings.override(regime="chunked", workspace_bytes=4 * MIB):
+        p = plan(16384, 64, 16384, dtype=BF16, device="cuda", recompute=True)
+    for part in p.parts:
+        assert part.chunk is not None
+        chunks = math.ceil(16384 / part.chunk[0]) * math.ceil(16384 / part.chunk[1])
+        assert chunks > 1
+        assert part.predicted_ms >= 1e3 * chunks * len(part.passes) * chunked.CHUNK_LAUNCH_SECONDS

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 from tiedfused.regimes.common import (
     L2_SHARE,
+    LAUNCH_SECONDS,
     STATS_LAUNCHES,
     Part,
     Pass,
@@ -39,6 +40,9 @@ SMALLEST_HALF = 64
 SMALLEST_CHUNK = 128
 # Each part of a split sum is written and read in fp32.
 MOST_PARTS = 16
+# Of the host, where launches follow each other: 10 to 12 µs on an EPYC (Zen 5) with a driver that does nothing, see
+# launch.py. Where there is one chunk, launches of other regimes take as long, and all are compared as if captured.
+CHUNK_LAUNCH_SECONDS = 12e-6
 
 _Passes = tuple[Pass, ...]
 
@@ -202,9 +206,17 @@ def _sum_bytes(r: Request, parts: int, rows: int, columns: int, steps: int) -> i
 
 
 def _product(
-    r: Request, kernel: str, how: _Launch, *, products: int, launches: int, workspace: int, traffic: _Traffic
+    r: Request,
+    kernel: str,
+    how: _Launch,
+    *,
+    products: int,
+    chunks: int,
+    sums: int,
+    workspace: int,
+    traffic: _Traffic,
 ) -> Pass:
-    """One kernel over all chunks."""
+    """One kernel over all chunks, and the `sums` that are combined of its parts, a launch each."""
     flops = 2 * products * r.ndh
     predicted = kernel_ms(
         r,
@@ -213,14 +225,15 @@ def _product(
         memory_bytes=traffic.streamed,
         exposed_seconds=traffic.exposed_seconds,
         blocks=how.blocks,
-        launches=launches,
+        launches=chunks + sums,
+        launch_seconds=LAUNCH_SECONDS if chunks == 1 else CHUNK_LAUNCH_SECONDS,
     )
     return Pass(kernel, how.tile, how.source, how.parts, flops, int(traffic.memory), workspace, predicted)
 
 
 def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     s, steps_n, steps_h = r.itemsize, math.ceil(r.n / rows), math.ceil(r.h / latents)
-    launches = steps_n * steps_h
+    chunks = steps_n * steps_h
     chunk_bytes = rows * latents * s
     how_encode = _launch(r, "chunk_encode", rows, latents)
     how_decode = _launch(r, "chunk_decode", rows, r.d, depth=latents)
@@ -233,7 +246,7 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     encode.stream(r.n * r.d * s + r.h * r.d * s * steps_n)
     encode.stream(r.n * r.d * s * (steps_h - 1), rows * r.d * s)
     encode.expose(r.latent_bytes, r.latent_bytes if keep else chunk_bytes)
-    encode.expose(2 * stats * launches, stats)
+    encode.expose(2 * stats * chunks, stats)
     decode = _Traffic(r)
     decode.stream(r.n * r.d * s)
     decode.stream(r.h * r.d * s * steps_n, latents * r.d * s)
@@ -241,11 +254,12 @@ def _forward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes:
     decode.expose(2 * sums * steps_n * steps_h, sums)
     return (
         _product(
-            r, "chunk_encode", how_encode, products=1, launches=launches * (1 + STATS_LAUNCHES * r.stats),
+            r, "chunk_encode", how_encode, products=1, chunks=chunks, sums=chunks * STATS_LAUNCHES * r.stats,
             workspace=workspace, traffic=encode,
         ),
         _product(
-            r, "chunk_decode", how_decode, products=1, launches=launches, workspace=workspace, traffic=decode,
+            r, "chunk_decode", how_decode, products=1, chunks=chunks, sums=steps_n * (how_decode.parts > 1),
+            workspace=workspace, traffic=decode,
         ),
     )  # fmt: skip
 
@@ -262,7 +276,7 @@ def _backward_passes(r: Request, keep: bool, rows: int, latents: int) -> _Passes
 def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, grad_weight: bool) -> _Passes:
     """Over all chunks once; latents are the outer loop where W̄ is made, rows where only x̄ is."""
     s, steps_n, steps_h = r.itemsize, math.ceil(r.n / rows), math.ceil(r.h / latents)
-    launches = steps_n * steps_h
+    chunks = steps_n * steps_h
     chunk_bytes = rows * latents * s
     buffers = 1 if keep or not grad_weight else 2  # ā, and h where it is recomputed and needed
     held = buffers * chunk_bytes
@@ -284,8 +298,8 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         latent.expose(r.latent_bytes, r.latent_bytes)
     passes = [
         _product(
-            r, "chunk_latent", how_latent, products=1 if keep else 2, launches=launches, workspace=workspace,
-            traffic=latent,
+            r, "chunk_latent", how_latent, products=1 if keep else 2, chunks=chunks, sums=steps_h * grad_weight,
+            workspace=workspace, traffic=latent,
         )
     ]  # fmt: skip
     if grad_weight:
@@ -296,7 +310,8 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         weight.expose(2 * sum_w * steps_h * steps_n, sum_w)
         passes.append(
             _product(
-                r, "chunk_weight_grad", how_w, products=2, launches=launches, workspace=workspace, traffic=weight,
+                r, "chunk_weight_grad", how_w, products=2, chunks=chunks, sums=steps_h * (how_w.parts > 1),
+                workspace=workspace, traffic=weight,
             )
         )  # fmt: skip
     if grad_x:
@@ -307,7 +322,8 @@ def _sweep(r: Request, keep: bool, rows: int, latents: int, *, grad_x: bool, gra
         decode.expose(2 * sum_x * steps_h * (1 if grad_weight else steps_n), sum_x)
         passes.append(
             _product(
-                r, "chunk_decode", how_x, products=1, launches=launches, workspace=workspace, traffic=decode,
+                r, "chunk_decode", how_x, products=1, chunks=chunks,
+                sums=(1 if grad_weight else steps_n) * (how_x.parts > 1), workspace=workspace, traffic=decode,
             )
         )  # fmt: skip
     return tuple(passes)

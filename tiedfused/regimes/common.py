@@ -258,6 +258,7 @@ def kernel_ms(
     exposed_seconds: float = 0,
     blocks: int = 0,
     launches: int = 1,
+    launch_seconds: float = LAUNCH_SECONDS,
 ) -> float:
     """Predicted time of a kernel, in ms.
 
@@ -273,6 +274,7 @@ def kernel_ms(
         exposed_seconds: spent on traffic that nothing overlaps with.
         blocks: of the grid, where it is counted: the last, partly filled wave takes as long as a full one.
         launches: how many there are.
+        launch_seconds: host time of each.
     """
     device = r.device
     waves = blocks / r.multiprocessors
@@ -281,5 +283,5 @@ def kernel_ms(
     # a multiprocessor draws its share of what the cache delivers, and one without a block nothing
     cached = device.cached_bandwidth(True) * (min(1.0, waves) if blocks else 1.0)
     memory = max(memory_bytes / min(device.bandwidth, cached), cached_bytes / cached)
-    overlapped = max(arithmetic, memory, launches * LAUNCH_SECONDS)
+    overlapped = max(arithmetic, memory, launches * launch_seconds)
     return 1e3 * (overlapped + exposed_seconds)
