@@ -78,6 +78,13 @@ def test_odd_sizes(d: int, h: int, dtype: torch.dtype, isa: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("n", [1, 4])
+def test_long_sums(n: int, one_thread: None) -> None:
+    """What fp32 loses grows with the number of terms that are added up one after the other."""
+    assert_right(problem(n, 16, 131072))
+
+
+@native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, h", [(1279, 2101), (1280, 1640), (2690, 1003), (2752, 801), (500, 403)])

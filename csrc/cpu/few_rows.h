@@ -1,8 +1,8 @@
 // y = g(f(x Wᵀ + b_enc) W + b_dec) for a few rows of x on the CPU, W read from memory once. No torch headers.
 //
-// H is cut into one range of W's rows a thread. A thread takes its rows a block at a time: the block's latents for
-// every row of x, then, while the block is still in cache, its part of y. The parts are added up in the order of the
-// threads.
+// H is cut into ranges of W's rows, as many for each thread. A thread takes a range a block at a time: the block's
+// latents for every row of x, then, while the block is still in cache, the range's part of y. The parts are added up in
+// the order of their ranges.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +38,8 @@ struct Problem {
 // the same few sets of the L1 cache.
 inline int64_t row_stride(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns + kColumns / 2; }
 
-// One thread's share: rows [begin, end) of W. `x` is the padded copy of x; `sum` [n, d padded] in fp32 is overwritten
-// with the share's part of y, and if there are statistics, so are its rows of `l1` and `l0`, [n] each, and its latents
+// One part: rows [begin, end) of W. `x` is the padded copy of x; `sum` [n, d padded] in fp32 is overwritten
+// with its part of y, and if there are statistics, so are its rows of `l1` and `l0`, [n] each, and its latents
 // in the problem's; `zeros` is a row of d zeros in `dtype`.
 using Part = void (*)(const Problem&, const void* x, const void* zeros, int64_t begin, int64_t end, float* sum,
                       float* l1, int64_t* l0);
