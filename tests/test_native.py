@@ -85,6 +85,13 @@ def test_long_sums(n: int, one_thread: None) -> None:
 
 
 @native
+def test_sums_of_equal_terms(one_thread: None) -> None:
+    """Of which what is lost does not cancel."""
+    p = problem(17, 500, 6000)
+    assert_right(Problem(p.x.abs(), torch.full_like(p.weight, 0.03), p.bias_enc, p.bias_dec, p.grad_y))
+
+
+@native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, h", [(1279, 2101), (1280, 1640), (2690, 1003), (2752, 801), (500, 403)])

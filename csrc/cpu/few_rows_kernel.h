@@ -165,19 +165,13 @@ inline void encode_tile(const typename O::Copy* x, int64_t x_stride, const T* co
 }
 
 // sum[i, 0…kTile) += Σⱼ latents[i, j] W[j, 0…kTile) for kX rows of y. columns_of(j) are the rows of W from j on, kPair
-// of them, as `columns` makes them.
+// of them, as `columns` makes them. The block's terms are added up before the sum of earlier blocks: one running sum
+// would lose more of each, 3 to 30 times as much as PyTorch's product where there are thousands.
 template <typename O, int kX, bool kOften, typename ColumnsOf>
 inline void decode_tile(const typename O::Copy* latents, const ColumnsOf& columns_of, int count, bool first, float* sum,
                         int64_t sum_stride, Prefetch& next) {
   constexpr int kV = O::kColumnVectors;
   typename O::Vector sums[kX][kV] = {};
-  if (!first) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kX; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kV; ++v) sums[i][v] = O::load_sum(sum + i * sum_stride + v * O::kLanes);
-    }
-  }
   if constexpr (!kOften) next.step();
   for (int j = 0; j < count; j += O::kPair) {
     if constexpr (kOften) next.step();
@@ -192,7 +186,10 @@ inline void decode_tile(const typename O::Copy* latents, const ColumnsOf& column
 #pragma GCC unroll 8
   for (int i = 0; i < kX; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kV; ++v) O::store_sum(sum + i * sum_stride + v * O::kLanes, sums[i][v]);
+    for (int v = 0; v < kV; ++v) {
+      float* to = sum + i * sum_stride + v * O::kLanes;
+      O::store_sum(to, first ? sums[i][v] : O::load_sum(to) + sums[i][v]);
+    }
   }
 }
 
