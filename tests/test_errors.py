@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiedfused
-from tiedfused import settings
+from tiedfused import nn, settings
 from tiedfused.functional import tied_encode_decode
 
 X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8)
@@ -179,3 +179,13 @@ def test_registering_what_is_not_elementwise_or_in_place(forward, derivative, me
     with pytest.raises(ValueError, match=message):
         tiedfused.register_activation("not_so", forward, derivative)
     assert "not_so" not in tiedfused.activation_names()
+
+
+def test_sizes_of_numpy() -> None:
+    np = pytest.importorskip("numpy")
+    size = np.int64(8)
+    layers = (nn.TiedLinear(size, size), nn.TiedAutoencoder([size, size]), nn.TiedConv1d(size, size, np.int64(3)))
+    for layer in layers:
+        assert "8" in layer.extra_repr()
+        assert "int64" not in layer.extra_repr()
+    assert tiedfused.plan(size, size, size) == tiedfused.plan(8, 8, 8)

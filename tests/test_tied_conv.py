@@ -149,6 +149,7 @@ def test_starts_near_the_input(options: dict[str, int]) -> None:
         ({"kernel_size": 3.0}, "kernel_size: expected an integer of at least 1, got 3.0"),
         ({"stride": 0}, "stride: expected an integer of at least 1, got 0"),
         ({"padding": -1}, "padding: expected an integer of at least 0, got -1"),
+        ({"groups": 0}, "groups: expected an integer of at least 1, got 0"),
         ({"groups": 3}, "in_channels: expected a multiple of groups, 3, got 2"),
         ({"activation": "no"}, "activation: unknown activation 'no'"),
     ],

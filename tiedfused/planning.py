@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from numbers import Integral
 
 import torch
 
@@ -221,8 +222,9 @@ def plan(
     if recompute is not None and not isinstance(recompute, bool):
         raise TypeError(f"recompute: expected None, True or False, got {recompute!r}")
     for name, value, least in (("n", n, 0), ("d", d, 1), ("h", h, 1)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}: got {value!r}; expected an integer of {least} or more")
+    n, d, h = int(n), int(d), int(h)
     if capability is not None and (not isinstance(capability, int) or capability < 10):
         raise ValueError(f"capability: got {capability!r}; expected an integer such as 90, for 9.0")
     device = torch.device(device)

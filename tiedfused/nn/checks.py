@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -12,10 +13,11 @@ def describe(module: nn.Module) -> str:
     return f"{module._get_name()}({module.extra_repr()})"
 
 
-def check_size(name: str, size: int, least: int = 1) -> None:
-    """A ValueError unless `size` is an integer of at least `least`."""
-    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+def checked_size(name: str, size: int, least: int = 1) -> int:
+    """`size` as an int, of NumPy's integers too; a ValueError unless it is an integer of at least `least`."""
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {size!r}")
+    return int(size)
 
 
 def check_tensor(module: nn.Module, name: str, t: Tensor) -> None:
@@ -36,6 +38,4 @@ def per_dimension(name: str, value: int | Sequence[int], dimensions: int, least:
     sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dimensions
     if len(sizes) != dimensions:
         raise ValueError(f"{name}: expected an integer or {dimensions} of them, got {value!r}")
-    for size in sizes:
-        check_size(name, size, least)
-    return sizes
+    return tuple(checked_size(name, size, least) for size in sizes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tiedfused.nn.checks import check_features, check_size
+from tiedfused.nn.checks import check_features, checked_size
 from tiedfused.nn.tied_linear import TiedLinear
 
 
@@ -66,13 +66,12 @@ class TiedAutoencoder(nn.Module):
         super().__init__()
         if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
             raise ValueError(f"sizes: expected at least two integers, input first, got {sizes!r}")
-        for index, size in enumerate(sizes):
-            check_size(f"sizes[{index}]", size)
+        sizes = tuple(checked_size(f"sizes[{index}]", size) for index, size in enumerate(sizes))
         depth = len(sizes) - 1
         f = _one_each("activation", [activation] * depth if isinstance(activation, str) else activation, depth)
         g = [output_activation, *f[:-1]] if isinstance(output_activation, str) else output_activation
         g = _one_each("output_activation", g, depth)
-        self.sizes = tuple(sizes)
+        self.sizes = sizes
         self.layers = nn.ModuleList(
             TiedLinear(
                 sizes[i],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tiedfused.activations import get_activation
 from tiedfused.functional import tied_encode_decode
-from tiedfused.nn.checks import check_size, check_tensor, describe, per_dimension
+from tiedfused.nn.checks import check_tensor, checked_size, describe, per_dimension
 from tiedfused.nn.tied_linear import mean_slope
 from tiedfused.planning import DTYPES
 
@@ -96,21 +96,20 @@ class _TiedConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-            check_size(name, size)
+        self.groups = checked_size("groups", groups)
+        self.in_channels = checked_size("in_channels", in_channels)
+        self.out_channels = checked_size("out_channels", out_channels)
+        for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
             if size % groups:
                 raise ValueError(f"{name}: expected a multiple of groups, {groups}, got {size}")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         get_activation(activation)
         get_activation(output_activation, "output_activation")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.kernel_size = per_dimension("kernel_size", kernel_size, self.dimensions, 1)
         self.stride = per_dimension("stride", stride, self.dimensions, 1)
         self.padding = per_dimension("padding", padding, self.dimensions, 0)
         self.dilation = per_dimension("dilation", dilation, self.dimensions, 1)
-        self.groups = groups
         self.activation = activation
         self.output_activation = output_activation
         shape = (out_channels, in_channels // groups, *self.kernel_size)

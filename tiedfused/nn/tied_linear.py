@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tiedfused.activations import get_activation
 from tiedfused.functional import tied_encode_decode
-from tiedfused.nn.checks import check_features, check_size, describe
+from tiedfused.nn.checks import check_features, checked_size, describe
 from tiedfused.planning import DTYPES
 from tiedfused.reference import LatentStats
 
@@ -77,8 +77,8 @@ class TiedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = checked_size("in_features", in_features)
+        out_features = checked_size("out_features", out_features)
         if bias_mode is None:
             bias_mode = "independent" if bias else "none"
         if bias_mode not in BIAS_MODES:
