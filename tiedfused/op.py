@@ -308,8 +308,10 @@ def _op_setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
-    in_force = _in_force(**keyword_only_inputs)
-    ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
+    ctx.in_force = keyword_only_inputs
+    if ctx.save_latent:
+        in_force = _in_force(**keyword_only_inputs)
+        ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
     ctx.device = x.device.type
     latent, *stats = output[1:]
     ctx.mark_non_differentiable(latent, *stats[1::2])
