@@ -176,7 +176,8 @@ apply_encode_decode_stats = super(torch.autograd.Function, EncodeDecodeStats).ap
 # ---- the registered operator -------------------------------------------------------------------------------------
 
 # How a kept latent is laid out depends on these settings; None takes those in force. They are arguments so that a
-# graph's backward, which may run under others, reads what its forward wrote.
+# graph's backward, which may run under others, reads what its forward wrote. On a GPU, where the cost model decides, it
+# may also depend on the tiles in `config_dir`, but a path of one machine has no place in a graph.
 _SETTINGS = "*, str? regime=None, int? workspace_bytes=None"
 
 _library = torch.library.Library("tiedfused", "DEF")
