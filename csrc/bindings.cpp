@@ -24,7 +24,10 @@ cpu::Dtype cpu_dtype(ScalarType type) {
                                         : cpu::Dtype::float16;
 }
 
-// Bytes, on the CPU; the plan asks for them too.
+// On the CPU; the plan asks for them too.
+int64_t few_rows_parts(int64_t n, int64_t d, int64_t h, int64_t threads) { return cpu::parts_for(n, d, h, threads); }
+
+// Bytes.
 int64_t few_rows_workspace(int64_t n, int64_t d, bool stats, int64_t parts) {
   return static_cast<int64_t>(cpu::workspace_bytes(n, d, stats, parts));
 }
@@ -52,7 +55,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
       activation_of("output_activation", output_activation),
       stats,
   };
-  const int64_t parts = cpu::parts_for(problem, torch::stable::get_num_threads());
+  const int64_t parts = few_rows_parts(problem.n, problem.d, problem.h, torch::stable::get_num_threads());
   const int64_t bytes = few_rows_workspace(problem.n, problem.d, stats.wanted(), parts);
   Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   cpu::few_rows(
@@ -109,6 +112,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tiedfused, m) {
   m.def(
       "few_rows_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, "
       "str output_activation, str? isa=None) -> (Tensor y, Tensor l1, Tensor l0, Tensor total, Tensor fired)");
+  m.def("few_rows_parts(int n, int d, int h, int threads) -> int");
   m.def("few_rows_workspace(int n, int d, bool stats, int parts) -> int");
   m.def("native_info() -> str");
 }
@@ -119,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(tiedfused, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tiedfused, CompositeExplicitAutograd, m) {
+  m.impl("few_rows_parts", TORCH_BOX(&few_rows_parts));
   m.impl("few_rows_workspace", TORCH_BOX(&few_rows_workspace));
   m.impl("native_info", TORCH_BOX(&native_info));
 }

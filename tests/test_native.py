@@ -24,6 +24,7 @@ from tiedfused.cli import app
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.functional import tied_encode_decode
 from tiedfused.op import forward_with_stats
+from tiedfused.profile import peak_memory
 from tiedfused.regimes.native import CUDA_GROUP_BYTES, CUDA_SLOT_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -411,6 +412,17 @@ def test_plan_counts_the_workspace(n: int, d: int, columns: int) -> None:
     (one,) = plain.passes
     assert one.workspace_bytes == 4 * columns * (1 + n + one.split * n)
     assert stats.passes[0].workspace_bytes == one.workspace_bytes + 12 * n * one.split
+
+
+@native
+@pytest.mark.parametrize("n, d, h", [(4, 64, 256), (4, 64, 30000), (2, 8, 1 << 18)])
+def test_plan_counts_the_workspace_that_is_allocated(n: int, d: int, h: int) -> None:
+    """Small products are done in one part; where H is large, a thread takes several."""
+    with settings.override(regime="native"):
+        (one,) = tiedfused.plan(n, d, h, device="cpu", grad=False).passes
+    x, weight = torch.randn(n, d), torch.randn(h, d)
+    # y beside it; allocations are counted in multiples of 64 bytes
+    assert abs(peak_memory(lambda: few_rows(x, weight, None, None)) - one.workspace_bytes - x.nbytes) < 128
 
 
 @native

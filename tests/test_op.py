@@ -254,6 +254,26 @@ def test_export(strict: bool) -> None:
         torch.testing.assert_close(exported.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_exported_module_runs_under_the_settings_in_force(recompute: bool, strict: bool, monkeypatch) -> None:
+    """But for those that a kept latent is laid out by."""
+    layer, x = tiedfused.TiedLinear(8, 16), torch.randn(5, 8)
+    with settings.override(recompute=recompute):
+        module = torch.export.export(layer, (x,), strict=strict).module()
+    asked: list[str] = []
+    request = planning.request
+
+    def noted(*problem, in_force, **options):
+        asked.append(in_force.regime)
+        return request(*problem, in_force=in_force, **options)
+
+    monkeypatch.setattr(planning, "request", noted)
+    with settings.override(regime="tiled"):
+        module(x).sum().backward()
+    assert asked == (["tiled"] * 2 if recompute else ["auto"] * 2)
+
+
 def test_exported_module_trains() -> None:
     layer = tiedfused.TiedLinear(8, 16, bias=True, activation="relu", dtype=torch.float64)
     x = torch.randn(5, 8, dtype=torch.float64)

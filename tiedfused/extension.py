@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BUILD_NOTE = "_native_build.txt"  # setup.py writes it
-OPS = ("few_rows", "few_rows_stats", "few_rows_workspace", "native_info")
+OPS = ("few_rows", "few_rows_stats", "few_rows_parts", "few_rows_workspace", "native_info")
 MAX_ROWS = 64  # kMaxRows in csrc/cpu/few_rows.h
 
 

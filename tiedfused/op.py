@@ -176,7 +176,8 @@ apply_encode_decode_stats = super(torch.autograd.Function, EncodeDecodeStats).ap
 # ---- the registered operator -------------------------------------------------------------------------------------
 
 # How a kept latent is laid out depends on these settings; None takes those in force. They are arguments so that a
-# graph's backward, which may run under others, reads what its forward wrote.
+# graph's backward, which may run under others, reads what its forward wrote. On a GPU, where the cost model decides, it
+# may also depend on the tiles in `config_dir`, but a path of one machine has no place in a graph.
 _SETTINGS = "*, str? regime=None, int? workspace_bytes=None"
 
 _library = torch.library.Library("tiedfused", "DEF")
@@ -308,8 +309,10 @@ def _op_setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
-    in_force = _in_force(**keyword_only_inputs)
-    ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
+    ctx.in_force = keyword_only_inputs
+    if ctx.save_latent:
+        in_force = _in_force(**keyword_only_inputs)
+        ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
     ctx.device = x.device.type
     latent, *stats = output[1:]
     ctx.mark_non_differentiable(latent, *stats[1::2])

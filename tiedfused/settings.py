@@ -112,8 +112,9 @@ def current() -> Settings:
 def override(**changes: Any) -> Iterator[Settings]:
     """Change settings for the length of a ``with`` block (of the whole process, all threads).
 
-    A latent that a call keeps is read by its backward pass as it was written, whatever is in force by then. Not so in
-    `torch.utils.checkpoint`, which calls forward again during backward: there the block has to hold for both.
+    A latent that a call keeps is read by its backward pass as it was written, whatever is in force by then; where the
+    call was compiled, whatever `regime` and `workspace_bytes` are. Not so in `torch.utils.checkpoint`, which calls
+    forward again during backward: there the block has to hold for both.
 
     Example:
         >>> import tiedfused

@@ -61,8 +61,8 @@ extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
 // The best kernel that runs here, or the one of that name; null if there is none such.
 const Kernel* find_kernel(const char* name = nullptr);
 
-// How many parts H is cut into for `threads` threads.
-int64_t parts_for(const Problem&, int64_t threads);
+// How many parts H is cut into for n rows of d and `threads` threads.
+int64_t parts_for(int64_t n, int64_t d, int64_t h, int64_t threads);
 
 // Bytes that `few_rows` needs for n rows of d, with or without statistics, aligned to kAlignment.
 std::size_t workspace_bytes(int64_t n, int64_t d, bool stats, int64_t parts);

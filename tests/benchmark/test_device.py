@@ -47,9 +47,11 @@ def test_calls_take_turns() -> None:
 
 
 def test_caches_are_flushed_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = torch.zeros(16)
+    buffer, read, total = torch.zeros(16), [], torch.Tensor.sum
     monkeypatch.setattr(device, "_flush_buffer", lambda _: buffer)
+    monkeypatch.setattr(torch.Tensor, "sum", lambda t: read.append(t) or total(t))
     device.flush(CPU)
+    assert [t is buffer for t in read] == [True]
     assert buffer._version == 0
 
 

@@ -104,7 +104,7 @@ def forward(r: Request, keep: bool) -> Part | str:
         return refusal
     on_cpu = r.device_type == "cpu"
     x, w = r.n * r.d * r.itemsize, r.h * r.d * r.itemsize
-    parts = r.threads if on_cpu else r.multiprocessors
+    parts = torch.ops.tiedfused.few_rows_parts(r.n, r.d, r.h, r.threads) if on_cpu else r.multiprocessors
     stats = 12 * (r.n + r.h) if r.stats else 0  # fp32 and int64
     sums = parts * r.n * (r.d * 4 + ((12 if on_cpu else 8) if r.stats else 0))
     # on the CPU beside the sums a copy of x and a row of zeros, in rows that are padded

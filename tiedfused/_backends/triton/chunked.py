@@ -208,7 +208,7 @@ def _sweep(
                 h=h,
                 kept=kept is not None,
                 grad_a=grad_a,
-                grad_bias_enc=None if sum_bias is None else sum_bias[i * blocks[0] :],
+                grad_bias_enc=None if sum_bias is None else sum_bias[i * blocks[0] : (i + 1) * blocks[0]],
                 activation=plan.activation,
                 repeats=repeats,
                 **options(latent_pass, plan),
