@@ -20,7 +20,9 @@ def forward(
     f, g = plan.activation.name, plan.output_activation.name
     if weight.is_cuda and weight.data_ptr() % 16 != 0:  # its rows are copied 16 bytes at a time
         weight = weight.clone()
-    if not plan.stats:
-        return torch.ops.tiedfused.few_rows.default(x, weight, bias_enc, bias_dec, f, g), None, None
-    y, *stats = torch.ops.tiedfused.few_rows_stats.default(x, weight, bias_enc, bias_dec, f, g)
+    # nothing asks for a gradient here: to find that out takes the dispatcher 5 of 12 µs, 65 of 220 from cold caches
+    with torch._C._AutoDispatchBelowAutograd():
+        if not plan.stats:
+            return torch.ops.tiedfused.few_rows.default(x, weight, bias_enc, bias_dec, f, g), None, None
+        y, *stats = torch.ops.tiedfused.few_rows_stats.default(x, weight, bias_enc, bias_dec, f, g)
     return y, None, LatentStats(*stats)
