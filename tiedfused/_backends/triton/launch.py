@@ -24,7 +24,7 @@ def launch(
     """Launch `kernel` on `operands`, its first arguments.
 
     With `repeats`, a launch that differs from an earlier one only in where its operands begin takes the host half the
-    time, 11 instead of 21 µs in a chunked forward pass on an EPYC, with a driver that does nothing: neither are the
+    time, 10 to 12 instead of 21 µs in the chunked passes on an EPYC, with a driver that does nothing: neither are the
     other arguments made again, nor does Triton look for what it compiled for them. The first takes some µs more.
 
     Args:
