@@ -13,6 +13,7 @@ from tiedfused._backends.triton.chunk_decode import chunk_decode
 from tiedfused._backends.triton.chunk_latent import chunk_latent
 from tiedfused._backends.triton.chunk_weight_grad import chunk_weight_grad
 from tiedfused._backends.triton.combine import combine
+from tiedfused._backends.triton.grid import cdiv
 from tiedfused._backends.triton.launch import Repeats
 from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
@@ -112,7 +113,7 @@ def forward(
 
 def _partial_stats(n: int, h: int, tile: Any, device: torch.device) -> LatentStats:
     """What `chunk_latent` writes for a chunk: a sum of each row for every block of latents, and the other way round."""
-    return partial_stats(n, h, -(-h // tile.block_n), -(-n // tile.block_m), device)
+    return partial_stats(n, h, cdiv(h, tile.block_n), cdiv(n, tile.block_m), device)
 
 
 def backward(
@@ -170,7 +171,7 @@ def _sweep(
     block_rows = latent_pass.tile.block_m  # type: ignore[union-attr]
     like_x: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
     all_rows, all_latents = _slices(N, part.chunk[0]), _slices(H, part.chunk[1])
-    blocks = [-(-(rows.stop - rows.start) // block_rows) for rows in all_rows]  # a sum of b̄_enc's each
+    blocks = [cdiv(rows.stop - rows.start, block_rows) for rows in all_rows]  # a sum of b̄_enc's each
 
     grad_a_buffer = torch.empty(part.chunk, **like_x)
     h_buffer = torch.empty(part.chunk, **like_x) if need_weight and kept is None else None
