@@ -38,7 +38,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
            const std::optional<std::string>& isa, LatentStats stats) {
   const cpu::Kernel* kernel = cpu::find_kernel(isa.has_value() ? isa->c_str() : nullptr);
   TIEDFUSED_CHECK(kernel != nullptr, "isa: no kernel '", isa.value_or(""), "' runs on this CPU");
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   const cpu::Problem problem{
       cpu_dtype(x.scalar_type()),
       x.size(0),
@@ -57,7 +57,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   };
   const int64_t parts = few_rows_parts(problem.n, problem.d, problem.h, torch::stable::get_num_threads());
   const int64_t bytes = few_rows_workspace(problem.n, problem.d, stats.wanted(), parts);
-  Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  Tensor workspace = empty(x, {bytes}, ScalarType::Byte);
   cpu::few_rows(
       *kernel, problem, parts, workspace.mutable_data_ptr(), [](int64_t count, cpu::Body body, void* context) {
         torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });

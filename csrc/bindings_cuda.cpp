@@ -36,7 +36,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
            LatentStats stats) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const auto pointer = [](const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); };
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   cuda::Problem problem{
       static_cast<int>(x.size(0)),
       static_cast<int>(x.size(1)),
@@ -57,7 +57,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   TIEDFUSED_CHECK(refusal == nullptr, refusal, ", got x ", shape_of(x), ", weight ", shape_of(weight),
                   " with a stride of ", weight.stride(0));
   const int blocks = tiedfused_few_rows_blocks(&problem);
-  Tensor parts = torch::stable::new_empty(x, {blocks, cuda::part_floats(problem)}, ScalarType::Float);
+  Tensor parts = empty(x, {blocks, cuda::part_floats(problem)}, ScalarType::Float);
   problem.parts = static_cast<float*>(parts.mutable_data_ptr());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -107,15 +108,29 @@ inline void check_operands(const torch::stable::Tensor& x, const torch::stable::
   check_bias("bias_dec", bias_dec, d);
 }
 
+// A contiguous tensor of one or two dimensions where `like` is. `torch::stable::new_empty` goes through the dispatcher:
+// 30 µs of a call from cold caches, this 7.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes,
+                                   torch::headeronly::ScalarType dtype) {
+  const int64_t strides[] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto aoti_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                  aoti_dtype, device_type, like.get_device_index(), &made));
+  return torch::stable::Tensor(made);
+}
+
 // Room for the latent's statistics.
 struct StatsTensors {
   torch::stable::Tensor l1, l0, total, fired;
 
   StatsTensors(const torch::stable::Tensor& x, const torch::stable::Tensor& weight)
-      : l1(torch::stable::new_empty(x, {x.size(0)}, torch::headeronly::ScalarType::Float)),
-        l0(torch::stable::new_empty(x, {x.size(0)}, torch::headeronly::ScalarType::Long)),
-        total(torch::stable::new_empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Float)),
-        fired(torch::stable::new_empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Long)) {}
+      : l1(empty(x, {x.size(0)}, torch::headeronly::ScalarType::Float)),
+        l0(empty(x, {x.size(0)}, torch::headeronly::ScalarType::Long)),
+        total(empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Float)),
+        fired(empty(x, {weight.size(0)}, torch::headeronly::ScalarType::Long)) {}
 
   LatentStats pointers() {
     return {static_cast<float*>(l1.mutable_data_ptr()), static_cast<int64_t*>(l0.mutable_data_ptr()),

@@ -61,7 +61,7 @@ extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
 // The best kernel that runs here, or the one of that name; null if there is none such.
 const Kernel* find_kernel(const char* name = nullptr);
 
-// How many parts H is cut into for n rows of d and `threads` threads.
+// How many parts H is cut into for n rows of d and `threads` threads, which take them one after another.
 int64_t parts_for(int64_t n, int64_t d, int64_t h, int64_t threads);
 
 // Bytes that `few_rows` needs for n rows of d, with or without statistics, aligned to kAlignment.

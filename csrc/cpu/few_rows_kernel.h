@@ -51,11 +51,11 @@ constexpr int64_t kPanelBytes = 16 << 10;
 
 // With 16 lanes one row of x has a way of its own, `part_of_one`: two rows of W at a time while they, the two before, x
 // and y fit in L1, else four. What it gains is in csrc/README.md. Rows of W of more bytes than these gain nothing or
-// lose: fp32 at d 2304 and 4096, bf16 at d 8192 up to a tenth. So do short rows, and a thread's share of W that a cache
-// may hold; the time of blocks over its, one thread, W in the caches: d 64 0.3 to 0.4 in bf16 and 0.6 in fp32, bf16 d
-// 512 0.65, d 768 of 4 MB 0.83, but 1.22 where caches are cold.
+// lose: fp32 at d 2304 and 4096, bf16 at d 8192 up to a tenth. So do short rows, and a W that caches may hold; the time
+// of blocks over its, one thread, W in the caches: d 64 0.3 to 0.4 in bf16 and 0.6 in fp32, bf16 d 512 0.65, d 768 of
+// 4 MB 0.83, but 1.22 where caches are cold.
 constexpr int64_t kMostBytesOfTwo = 5 << 10, kMostBytesOfFour = 12 << 10;
-constexpr int64_t kLeastBytesOfOne = 1536, kLeastShareOfOne = 4 << 20;
+constexpr int64_t kLeastBytesOfOne = 1536, kLeastWeightOfOne = 8 << 20;
 // Bytes of W that it asks for ahead: 4 KiB were up to a quarter slower, 12 no faster.
 constexpr int64_t kAhead = 8 << 10;
 
@@ -460,7 +460,7 @@ void part(const Problem& p, const void* x_copy, const void* zero_row, int64_t be
   auto run = part_in_blocks<O, T>;
   if constexpr (O::kLanes == 16) {
     const int64_t row_bytes = p.d * sizeof(T);
-    if (p.n == 1 && row_bytes >= kLeastBytesOfOne && (end - begin) * row_bytes >= kLeastShareOfOne) {
+    if (p.n == 1 && row_bytes >= kLeastBytesOfOne && p.h * row_bytes >= kLeastWeightOfOne) {
       if constexpr (sizeof(T) < sizeof(float)) {
         if (row_bytes <= kMostBytesOfFour) run = part_of_one<O, T, 4, 8>;
       }
