@@ -268,6 +268,7 @@ def backward(
     grad_weight = weight.new_empty(weight.shape) if need_weight else None
     grad_bias = weight.new_empty(h) if need_bias else None
     sum_x = grad_x if grad_x is None or len(weights) == 1 else _sum_for(grad_x)
+    sums_x = _rows(sum_x, tile.block_n) if sum_x is not None else None
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)
         sum_weight = None
@@ -283,7 +284,7 @@ def backward(
                 blocks[i][j] if blocks is not None else None,
                 grad_l1[i * tile.block_n : (i + 1) * tile.block_n] if grad_l1 is not None else None,
                 grad_total[h_j] if grad_total is not None else None,
-                _rows(sum_x, tile.block_n)[i] if sum_x is not None else None,
+                sums_x[i] if sums_x is not None else None,
                 sum_bias,
                 sum_weight,
                 need_weight=need_weight,
