@@ -269,3 +269,11 @@ def test_trace_shows_where_a_shape_is_wrong() -> None:
     assert result.error.startswith("TiedLinear(in_features=7")
     assert "stopped: TiedLinear(in_features=7" in str(result)
     assert not model[0]._forward_hooks
+
+
+def test_trace_of_an_error_without_a_message() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    assert analysis.trace(Failing(), torch.randn(2, 8)).error == "ValueError"
