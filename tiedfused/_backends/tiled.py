@@ -300,6 +300,29 @@ def backward(
     return grad_x, grad_weight, grad_bias
 
 
+def _latent_gradient(
+    products: _Products,
+    f: Activation,
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    block: Tensor | None,
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h and ā of one tile, from what forward kept of it, `block`, or anew."""
+    if block is None:
+        h, saved = _encode(products, x, weight, bias_enc, f)
+    else:
+        saved = block
+        h = saved if f.from_output else f.forward(saved)
+    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
+    if grad_l1 is not None:
+        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
+    return h, f.backward(grad_h, saved)
+
+
 def _backward_tile(
     products: _Products,
     f: Activation,
@@ -319,17 +342,7 @@ def _backward_tile(
     first_latents: bool,
 ) -> Tensor | None:
     """Add one tile's part to each sum there is; W̄'s starts with its first part, in the layout it comes in."""
-    if block is None:
-        h, saved = _encode(products, x, weight, bias_enc, f)
-    else:
-        saved = block
-        h = saved if f.from_output else f.forward(saved)
-    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
-    if grad_l1 is not None:
-        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
-    grad_a = f.backward(grad_h, saved)
-    del grad_h
-    del saved  # where it is the pre-activation, nothing needs it any more
+    h, grad_a = _latent_gradient(products, f, grad_z, x, weight, bias_enc, block, grad_l1, grad_total)
     if sum_bias is not None:
         _add(sum_bias, grad_a.sum(0), first_rows)
     if sum_x is not None and first_latents and sum_x.dtype == grad_a.dtype:
@@ -358,15 +371,8 @@ def _one_tile_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` without its loops and accumulators, whose host time is more than a small problem's arithmetic."""
     need_x, need_weight, need_bias = needs
-    if latent is None:
-        h, saved = _encode(products, x, weight, bias_enc, f)
-    else:
-        saved = latent.view(x.shape[0], weight.shape[0])
-        h = saved if f.from_output else f.forward(saved)
-    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
-    if grad_l1 is not None:
-        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
-    grad_a = f.backward(grad_h, saved)
+    block = latent.view(x.shape[0], weight.shape[0]) if latent is not None else None
+    h, grad_a = _latent_gradient(products, f, grad_z, x, weight, bias_enc, block, grad_l1, grad_total)
     return (
         products.linear(grad_a, weight.t(), None, IDENTITY) if need_x else None,
         products.add_outer(products.outer(grad_a, x), h, grad_z).contiguous() if need_weight else None,
