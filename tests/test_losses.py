@@ -164,6 +164,7 @@ def test_metrics() -> None:
     active = model.encode(X) > 0
     torch.testing.assert_close(metrics.l0(stats), active.sum(1).double().mean())
     assert metrics.dead_fraction(stats.fired) == 5 / 20
+    assert metrics.dead_fraction(torch.tensor([0, 1, 5, 1])) == 1 / 4
     torch.testing.assert_close(metrics.feature_density(stats.fired, 30), active.float().mean(0))
     first, second = (reference.latent_stats(model.encode(x)).fired for x in X.split(15))
     torch.testing.assert_close(metrics.feature_density(first + second, 30), active.float().mean(0))
