@@ -289,6 +289,7 @@ def backward(
                 sum_weight,
                 need_weight=need_weight,
                 first_rows=i == 0,
+                all_rows=n <= tile.block_n,
                 first_latents=j == 0,
             )
         if grad_weight is not None and sum_weight is not None:
@@ -339,6 +340,7 @@ def _backward_tile(
     *,
     need_weight: bool,
     first_rows: bool,
+    all_rows: bool,
     first_latents: bool,
 ) -> Tensor | None:
     """Add one tile's part to each sum there is; W̄'s starts with its first part, in the layout it comes in."""
@@ -352,6 +354,8 @@ def _backward_tile(
     if not need_weight:
         return None
     part = products.outer(grad_a, x)
+    if all_rows:  # one sum: in fp32 beside it, a step of (16, 768, 6144) in bf16 takes 5.8 instead of 3.9 ms
+        return products.add_outer(part, h, grad_z)
     sum_weight = part.to(stats_dtype(part.dtype)) if sum_weight is None else sum_weight.add_(part)
     del part
     return sum_weight.add_(products.outer(h, grad_z))
