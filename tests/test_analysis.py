@@ -137,6 +137,17 @@ def test_penalties_without_the_latent_are_part_of_the_report() -> None:
     assert report.pairs[0].total == pytest.approx(float(expected.norm()))
 
 
+def test_two_backwards_in_a_report_add_up() -> None:
+    layer, x = TiedLinear(5, 8, activation="tanh", dtype=F64), torch.randn(10, 5, dtype=F64)
+    terms = []
+    for batches in ([x], x.split(5)):
+        with analysis.gradient_report(layer) as report:
+            for batch in batches:
+                layer(batch).square().sum().backward()
+        terms.append((report.pairs[0].encoder, report.pairs[0].decoder))
+    assert terms[0] == pytest.approx(terms[1])
+
+
 def test_report_of_a_mixed_model() -> None:
     first, conv = nn.Linear(16, 12), TiedConv2d(1, 3, 2, 2, bias=True, activation="relu")
     stack = TiedAutoencoder([12, 6, 3], True, activation="tanh")
@@ -269,3 +280,11 @@ def test_trace_shows_where_a_shape_is_wrong() -> None:
     assert result.error.startswith("TiedLinear(in_features=7")
     assert "stopped: TiedLinear(in_features=7" in str(result)
     assert not model[0]._forward_hooks
+
+
+def test_trace_of_an_error_without_a_message() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    assert analysis.trace(Failing(), torch.randn(2, 8)).error == "ValueError"

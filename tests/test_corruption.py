@@ -25,6 +25,13 @@ def test_dtype_shape_and_generator(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("name", ["mask", "salt_and_pepper"])
+def test_small_rates_in_16_bits(name: str) -> None:
+    x = torch.full((1000, 1000), 0.5, dtype=torch.bfloat16)
+    y = getattr(corruption, name)(x, 1e-3, generator=torch.Generator().manual_seed(0))
+    assert 0.9e-3 < (y != x).double().mean() < 1.1e-3
+
+
 def test_mask() -> None:
     y = corruption.mask(torch.full((300, 300), 5.0), 0.3)
     assert set(y.unique().tolist()) == {0.0, 5.0}

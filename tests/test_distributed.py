@@ -1,10 +1,11 @@
-"""Data parallelism: DDP and FSDP2 give the gradients of one process on the whole batch."""
+"""DDP, FSDP2 and weights that are DTensors give the gradients of one process on the whole batch."""
 
 from __future__ import annotations
 
 import copy
 import os
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def _run(rank: int, store: str, kind: str) -> None:
     share = x.chunk(WORLD)[rank]
     if kind == "ddp":
         found = _gradients(nn.parallel.DistributedDataParallel(model), share)
+    elif kind == "dtensor":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+        def shard(_: str, layer: nn.Module, mesh: Any) -> None:
+            for name, p in list(layer.named_parameters(recurse=False)):
+                layer.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        distribute_module(model, mesh, shard)
+        found = [grad.full_tensor() for grad in _gradients(model, distribute_tensor(x, mesh))]
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -60,7 +72,7 @@ def _run(rank: int, store: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "dtensor"])
 def test_gradients(kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, args=(os.path.join(folder, "store"), kind), nprocs=WORLD)

@@ -130,6 +130,32 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     assert y.grad.dtype == weight.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20)])
+def test_autocast_rounds_no_loss(shape: tuple[int, int]) -> None:
+    h, d = shape
+    torch.manual_seed(0)
+    model, x = tiedfused.TiedLinear(d, h, bias=True, activation="relu"), torch.randn(30, d)
+    y, stats = model(x, return_stats=True)
+
+    def all_losses() -> list[Tensor]:
+        return [
+            losses.mse(y, x),
+            losses.normalized_mse(y, x),
+            losses.l1(stats),
+            losses.weighted_l1(stats, model.weight, activation="relu"),
+            losses.kl_to_rate(stats.mean.sigmoid(), 0.1),
+            losses.orthogonality(model.weight),
+        ]
+
+    expected = all_losses()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = all_losses()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        [gradients(loss, model) for loss in found], [gradients(loss, model) for loss in expected]
+    )
+
+
 def test_metrics() -> None:
     model = layer()
     with torch.no_grad():
@@ -138,6 +164,7 @@ def test_metrics() -> None:
     active = model.encode(X) > 0
     torch.testing.assert_close(metrics.l0(stats), active.sum(1).double().mean())
     assert metrics.dead_fraction(stats.fired) == 5 / 20
+    assert metrics.dead_fraction(torch.tensor([0, 1, 5, 1])) == 1 / 4
     torch.testing.assert_close(metrics.feature_density(stats.fired, 30), active.float().mean(0))
     first, second = (reference.latent_stats(model.encode(x)).fired for x in X.split(15))
     torch.testing.assert_close(metrics.feature_density(first + second, 30), active.float().mean(0))

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import tiedfused
 from tiedfused import devices, extension, reference, settings
+from tiedfused._backends.native import copyable
 from tiedfused.cli import app
 from tiedfused.extension import EXTENSION, MAX_ROWS
 from tiedfused.functional import tied_encode_decode
@@ -60,6 +61,20 @@ def assert_right(p: Problem, *, f: str = "relu", g: str = "identity", isa: str |
     )
     assert y.dtype == p.x.dtype
     assert_close(y, eager, truth, p.x.dtype)
+
+
+def test_rows_that_cuda_cannot_copy_are_moved() -> None:
+    whole = torch.randn(9, 24, dtype=torch.bfloat16)
+    for weight, good in (
+        (whole, True),
+        (whole[:, :8], True),
+        (whole[:, 4:12], False),
+        (whole.view(18, 12)[:, :8], False),
+    ):
+        found = copyable(weight)
+        assert (found is weight) == good
+        assert found.data_ptr() % 16 == 0 and found.stride(0) % 8 == 0
+        assert torch.equal(found, weight)
 
 
 @native
@@ -290,7 +305,15 @@ def test_plan_takes_it_where_it_wins() -> None:
         return tiedfused.plan(n, d, h, dtype=dtype, **{"grad": False, **options}).regime
 
     for dtype in DTYPES:
-        for n, d, h in ((1, 1, 1), (4, 8, 16), (1, 512, 256), (8, 64, 256), (64, 256, 256), (8, 768, 24576), (16, 2304, 16384)):
+        for n, d, h in (
+            (1, 1, 1),
+            (4, 8, 16),
+            (1, 512, 256),
+            (8, 64, 256),
+            (64, 256, 256),
+            (8, 768, 24576),
+            (16, 2304, 16384),
+        ):
             if EXTENSION.cpu != "portable" or n <= 8 or dtype == torch.float16:
                 assert regime(n, d, h, dtype) == "native", (n, d, h, dtype)
     assert regime(65, 256, 256) == regime(0, 256, 256) == "tiled"

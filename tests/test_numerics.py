@@ -10,6 +10,7 @@ from numerics import NAMES, Problem, assert_close, assert_layer_matches, outputs
 
 import tiedfused
 from tiedfused import reference, settings
+from tiedfused._backends import tiled
 from tiedfused.functional import tied_encode_decode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -37,6 +38,23 @@ def test_input_gradient_apart(small_tiles: str, recompute: bool, dtype: torch.dt
         p = tiedfused.plan(70, 33, 100, dtype=dtype, recompute=recompute)
         assert len(p.backward.passes) == (2 if dtype.itemsize == 2 else 1)
         assert_layer_matches(layer(recompute=recompute), problem(70, 33, 100, dtype))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_host_work_grows_with_the_rows_and_no_faster(
+    small_tiles: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, views = tiled._rows, []
+    monkeypatch.setattr(tiled, "_rows", lambda t, size: views.extend(parts := cut(t, size)) or parts)
+
+    def made(n: int) -> int:
+        p = problem(n, 12, 40)
+        y = tied_encode_decode(*p.operands, recompute=recompute)
+        views.clear()
+        y.sum().backward()
+        return len(views)
+
+    assert 4 * made(160) >= made(640) > made(160) > 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

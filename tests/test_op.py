@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedfused
-from tiedfused import planning, reference, settings
+from tiedfused import functional, planning, reference, settings
 from tiedfused.functional import tied_encode_decode
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -482,6 +482,30 @@ def test_settings_apply_to_the_next_call() -> None:
         ):
             tied_encode_decode(*p.operands)
         assert (5 * 16 in sizes) == (not recompute)
+
+
+def test_a_call_is_planned_for_the_state_it_finds(fresh_plans: None) -> None:
+    p = small(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        with settings.override(atomics=True):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                for deterministic in (False, True):
+                    torch.use_deterministic_algorithms(deterministic)
+                    tied_encode_decode(*p.operands)
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+    found = {(plan.request.threads, plan.request.atomics) for plan in functional._plans.values()}
+    assert found == {(1, True), (1, False), (2, True), (2, False)}
+
+
+def test_calls_of_many_sizes_do_not_fill_the_memory_with_plans(fresh_plans: None, monkeypatch) -> None:
+    monkeypatch.setattr(functional, "_PLANS_KEPT", 4)
+    for n in range(1, 20):
+        tied_encode_decode(*small(n=n).operands)
+        assert 1 <= len(functional._plans) <= 4
 
 
 def test_deepcopy_and_save(tmp_path) -> None:

@@ -113,6 +113,18 @@ def test_output_size() -> None:
             layer.decode(h, size)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit's deprecation, and of the checks of sizes
+@pytest.mark.parametrize("options", [{"kernel_size": 2, "stride": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}])
+def test_traced_with_open_sizes(options: dict[str, int]) -> None:
+    layer = TiedConv2d(2, 4, bias=True, activation="relu", **options)
+    x, other = torch.randn(2, 2, 8, 6), torch.randn(3, 2, 10, 12)
+    auto = torch.export.Dim.AUTO
+    for strict in (False, True):
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},), strict=strict)
+        torch.testing.assert_close(exported.module()(other), layer(other))
+    torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other))
+
+
 def test_half_precision_and_no_rows() -> None:
     layer = TiedConv1d(2, 3, 4, 4, bias=True, activation="relu", dtype=torch.bfloat16)
     assert layer(torch.randn(5, 2, 8).bfloat16()).dtype == torch.bfloat16

@@ -235,6 +235,12 @@ def test_normalized_atoms(bias_mode: str) -> None:
     assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()]
 
 
+def test_normalized_atoms_of_a_weight_that_every_look_changes() -> None:
+    layer = parametrizations.spectral_norm(TiedLinear(5, 7, normalize_atoms=True))  # a power iteration a look
+    nn.init.normal_(layer.parametrizations.weight[0]._u)  # far from converged
+    torch.testing.assert_close(layer.atoms().norm(dim=1), torch.ones(7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_row_of_zeros_stays_finite(dtype: torch.dtype) -> None:
     layer = TiedLinear(5, 7, normalize_atoms=True, dtype=dtype)

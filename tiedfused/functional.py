@@ -226,7 +226,10 @@ def _dispatched(
     recompute: bool | None,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LatentStats]:
-    """The same where something else has a hand in it: autocast, torch.func, tracing, modes, subclasses, sparse x."""
+    """The same where something else has a hand in it: autocast, torch.func, tracing, modes, subclasses, sparse x.
+
+    A DTensor goes to the plain definition, whose every product is sharded as its operands are.
+    """
     if isinstance(x, Tensor) and is_autocast_available(x.device.type) and is_autocast_enabled(x.device.type):
         cast: list[Any] = [_autocast(t) for t in (x, weight, bias_enc, bias_dec)]
         with torch.autocast(x.device.type, enabled=False):
@@ -238,11 +241,17 @@ def _dispatched(
                 return_stats=return_stats,
             )
     f, g = check_arguments(x, weight, bias_enc, bias_dec, activation, output_activation, recompute, return_stats)
-    if _functorch_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing() or x.layout is not strided:
+    operands = (x, weight, bias_enc, bias_dec)
+    if (
+        _functorch_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or x.layout is not strided
+        or any(type(t).__name__ == "DTensor" for t in operands)  # by name: the module takes a second to import
+    ):
         options: dict[str, Any] = {"activation": activation, "output_activation": output_activation}
         return reference.tied_encode_decode(x, weight, bias_enc, bias_dec, **options, return_stats=return_stats)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    operands = (x, weight, bias_enc, bias_dec)
     grad = is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     save_latent = False
     if grad:

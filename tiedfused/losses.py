@@ -13,10 +13,12 @@ their coefficient does not depend on the size of a batch:
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from tiedfused.activations import get_activation
 from tiedfused.reference import LatentStats, stats_dtype
@@ -105,7 +107,8 @@ def weighted_l1(stats: LatentStats, weight: Tensor, *, activation: str) -> Tenso
             f"activation: expected one that is never negative, such as relu, as Σ |h| ‖w‖ is had from the latents' "
             f"means, got {activation!r}"
         )
-    return stats.mean @ weight.to(stats.mean.dtype).norm(dim=1)
+    # no product of vectors: autocast would round both to 16 bits
+    return (stats.mean * weight.to(stats.mean.dtype).norm(dim=1)).sum()
 
 
 def kl_to_rate(mean: Tensor, rate: float) -> Tensor:
@@ -148,6 +151,10 @@ def orthogonality(weight: Tensor) -> Tensor:
     """
     h, d = weight.shape
     weight = weight.to(stats_dtype(weight.dtype))
-    if h <= d:
-        return (weight @ weight.t() - torch.eye(h, dtype=weight.dtype, device=weight.device)).square().sum()
-    return (weight.t() @ weight).square().sum() - 2 * weight.square().sum() + h
+    device = weight.device
+    # autocast would round the products to 16 bits
+    full = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+    with full:
+        if h <= d:
+            return (weight @ weight.t() - torch.eye(h, dtype=weight.dtype, device=device)).square().sum()
+        return (weight.t() @ weight).square().sum() - 2 * weight.square().sum() + h

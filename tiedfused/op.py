@@ -87,7 +87,7 @@ def _penalties(grad_l1: Tensor | None, grad_mean: Tensor | None, n: int) -> tupl
     """What the backends add to h̄: a term of each row, times the latent's sign, and one of each latent."""
     return (
         None if grad_l1 is None else grad_l1.contiguous(),
-        None if grad_mean is None else grad_mean / n if n else torch.zeros_like(grad_mean),
+        None if grad_mean is None else grad_mean / n,
     )
 
 

@@ -24,6 +24,12 @@ def _kernel(op: str, device: str) -> Any:
     return functools.partial(getattr(torch.ops.tiedfused, op).default._handle.redispatch_boxed, key)
 
 
+def copyable(weight: Tensor) -> Tensor:
+    """W with rows that the CUDA kernels can copy, 16 bytes at a time: each of them starts at a multiple of that."""
+    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+    return weight if aligned else weight.clone(memory_format=torch.contiguous_format)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -33,8 +39,8 @@ def forward(
 ) -> tuple[Tensor, None, LatentStats | None]:
     """y ``[N, d]`` and, if the plan has them, the latent's statistics; the latent is never kept."""
     f, g = plan.activation.name, plan.output_activation.name
-    if weight.is_cuda and weight.data_ptr() % 16 != 0:  # its rows are copied 16 bytes at a time
-        weight = weight.clone()
+    if weight.is_cuda:
+        weight = copyable(weight)
     op = "few_rows_stats" if plan.stats else "few_rows"
     if _profiler_enabled():  # it sees what is dispatched
         with torch._C._AutoDispatchBelowAutograd():

@@ -268,6 +268,7 @@ def backward(
     grad_weight = weight.new_empty(weight.shape) if need_weight else None
     grad_bias = weight.new_empty(h) if need_bias else None
     sum_x = grad_x if grad_x is None or len(weights) == 1 else _sum_for(grad_x)
+    sums_x = _rows(sum_x, tile.block_n) if sum_x is not None else None
     for j, (w_j, b_j) in enumerate(zip(weights, biases, strict=True)):
         h_j = slice(j * tile.block_h, (j + 1) * tile.block_h)
         sum_weight = None
@@ -283,11 +284,12 @@ def backward(
                 blocks[i][j] if blocks is not None else None,
                 grad_l1[i * tile.block_n : (i + 1) * tile.block_n] if grad_l1 is not None else None,
                 grad_total[h_j] if grad_total is not None else None,
-                _rows(sum_x, tile.block_n)[i] if sum_x is not None else None,
+                sums_x[i] if sums_x is not None else None,
                 sum_bias,
                 sum_weight,
                 need_weight=need_weight,
                 first_rows=i == 0,
+                all_rows=n <= tile.block_n,
                 first_latents=j == 0,
             )
         if grad_weight is not None and sum_weight is not None:
@@ -297,6 +299,29 @@ def backward(
     if grad_x is not None and sum_x is not None and sum_x is not grad_x:
         grad_x.copy_(sum_x)
     return grad_x, grad_weight, grad_bias
+
+
+def _latent_gradient(
+    products: _Products,
+    f: Activation,
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_enc: Tensor | None,
+    block: Tensor | None,
+    grad_l1: Tensor | None,
+    grad_total: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h and ā of one tile, from what forward kept of it, `block`, or anew."""
+    if block is None:
+        h, saved = _encode(products, x, weight, bias_enc, f)
+    else:
+        saved = block
+        h = saved if f.from_output else f.forward(saved)
+    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
+    if grad_l1 is not None:
+        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
+    return h, f.backward(grad_h, saved)
 
 
 def _backward_tile(
@@ -315,20 +340,11 @@ def _backward_tile(
     *,
     need_weight: bool,
     first_rows: bool,
+    all_rows: bool,
     first_latents: bool,
 ) -> Tensor | None:
     """Add one tile's part to each sum there is; W̄'s starts with its first part, in the layout it comes in."""
-    if block is None:
-        h, saved = _encode(products, x, weight, bias_enc, f)
-    else:
-        saved = block
-        h = saved if f.from_output else f.forward(saved)
-    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
-    if grad_l1 is not None:
-        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
-    grad_a = f.backward(grad_h, saved)
-    del grad_h
-    del saved  # where it is the pre-activation, nothing needs it any more
+    h, grad_a = _latent_gradient(products, f, grad_z, x, weight, bias_enc, block, grad_l1, grad_total)
     if sum_bias is not None:
         _add(sum_bias, grad_a.sum(0), first_rows)
     if sum_x is not None and first_latents and sum_x.dtype == grad_a.dtype:
@@ -338,6 +354,8 @@ def _backward_tile(
     if not need_weight:
         return None
     part = products.outer(grad_a, x)
+    if all_rows:  # one sum: in fp32 beside it, a step of (16, 768, 6144) in bf16 takes 5.8 instead of 3.9 ms
+        return products.add_outer(part, h, grad_z)
     sum_weight = part.to(stats_dtype(part.dtype)) if sum_weight is None else sum_weight.add_(part)
     del part
     return sum_weight.add_(products.outer(h, grad_z))
@@ -357,15 +375,8 @@ def _one_tile_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` without its loops and accumulators, whose host time is more than a small problem's arithmetic."""
     need_x, need_weight, need_bias = needs
-    if latent is None:
-        h, saved = _encode(products, x, weight, bias_enc, f)
-    else:
-        saved = latent.view(x.shape[0], weight.shape[0])
-        h = saved if f.from_output else f.forward(saved)
-    grad_h = products.linear(grad_z, weight, grad_total, IDENTITY)
-    if grad_l1 is not None:
-        grad_h.addcmul_(h.sgn(), grad_l1[:, None])
-    grad_a = f.backward(grad_h, saved)
+    block = latent.view(x.shape[0], weight.shape[0]) if latent is not None else None
+    h, grad_a = _latent_gradient(products, f, grad_z, x, weight, bias_enc, block, grad_l1, grad_total)
     return (
         products.linear(grad_a, weight.t(), None, IDENTITY) if need_x else None,
         products.add_outer(products.outer(grad_a, x), h, grad_z).contiguous() if need_weight else None,

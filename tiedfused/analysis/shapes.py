@@ -86,5 +86,5 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
         try:
             module(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as caught:
-            error = str(caught).splitlines()[0]
+            error = (str(caught).splitlines() or [type(caught).__name__])[0]
     return Trace(tuple(rows), error)

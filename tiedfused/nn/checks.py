@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,6 +16,8 @@ def describe(module: nn.Module) -> str:
 
 def checked_size(name: str, size: int, least: int = 1) -> int:
     """`size` as an int, of NumPy's integers too; a ValueError unless it is an integer of at least `least`."""
+    if isinstance(size, torch.SymInt) or torch.jit.is_tracing():  # of an input whose size a traced graph leaves open
+        return size  # type: ignore[return-value]
     if not isinstance(size, Integral) or isinstance(size, bool) or size < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {size!r}")
     return int(size)

@@ -177,7 +177,8 @@ class TiedLinear(nn.Module):
 
     def atoms(self) -> Tensor:
         """The dictionary in use, ``[out_features, in_features]``: `weight`, or with `normalize_atoms` its unit rows."""
-        return self.weight / _row_norms(self.weight) if self.normalize_atoms else self.weight
+        weight = self.weight  # read once: a parametrization computes it at every look
+        return weight / _row_norms(weight) if self.normalize_atoms else weight
 
     @torch.no_grad()
     def project_atoms_(self) -> None:

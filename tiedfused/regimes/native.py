@@ -73,7 +73,11 @@ def why_not(r: Request) -> str | None:
 
 
 def _slower(r: Request) -> str | None:
-    """Why the tiled regime is faster on the CPU, or None if it is not; in float16 it never is, by 10 times and more."""
+    """Why the tiled regime is faster on the CPU, or None if it is not; in float16 it never is, by 10 times and more.
+
+    Nor where host time is all there is: µs of native and tiled at (1, 8, 16) 8.2 and 8.9 in fp32, 7.9 and 10 in bf16,
+    at (1, 256, 256) 12 and 14, in bf16 10 and 45.
+    """
     if r.dtype == torch.float16:
         return None
     if EXTENSION.cpu == "portable" and r.n > PORTABLE_MAX_ROWS:
