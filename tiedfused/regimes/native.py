@@ -75,8 +75,8 @@ def why_not(r: Request) -> str | None:
 def _slower(r: Request) -> str | None:
     """Why the tiled regime is faster on the CPU, or None if it is not; in float16 it never is, by 10 times and more.
 
-    Nor where host time is all there is: µs of native and tiled at (1, 8, 16) 8.2 and 8.9 in fp32, 7.9 and 10 in bf16,
-    at (1, 256, 256) 12 and 14, in bf16 10 and 45.
+    Nor where host time is all there is: µs of native and tiled at (1, 8, 16) 5.7 and 8.9 in fp32, 5.8 and 10 in bf16,
+    at (1, 256, 256) 10 and 15, in bf16 9 and 49.
     """
     if r.dtype == torch.float16:
         return None
