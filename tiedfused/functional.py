@@ -250,10 +250,7 @@ def _dispatched(
 
         save_latent = keeps_latent_for(rows, weight, f, recompute, return_stats)
     op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
-    now = settings.current()
-    # where none is kept, a graph, which may be saved, does not bind those who run it to the settings of the tracing
-    layout = {"regime": now.regime, "workspace_bytes": now.workspace_bytes} if save_latent else {}
-    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent, **layout)
+    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
     y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
     return (y, _shaped(LatentStats(*latent_stats), x)) if return_stats else y
 
