@@ -448,8 +448,9 @@ def test_meta_and_fake_tensors() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the sparse CSR beta, and the prototype of nested tensors
 @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "jagged"])
-def test_other_layouts_of_x(layout: str) -> None:
-    model = tiedfused.TiedLinear(8, 16, bias=True, activation="relu")
+@pytest.mark.parametrize("bias_mode", ["independent", "pre"])
+def test_other_layouts_of_x(layout: str, bias_mode: str) -> None:
+    model = tiedfused.TiedLinear(8, 16, bias_mode=bias_mode, activation="relu")
     x = torch.randn(5, 8).relu()
     expected = model(x)
     if layout == "jagged":
