@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import tiedfused
 from tiedfused import TiedLinear, analysis, losses
@@ -201,9 +204,6 @@ def test_warnings() -> None:
     with analysis.gradient_report(layer) as report:
         pass
     assert "backward() inside the block" in report.warnings[0]
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
-    found = report_of(nn.Sequential(parametrized, TiedDecoder(parametrized)), x)
-    assert "its weight is not a plain parameter" in found.warnings[0]
 
 
 def test_one_half_alone_is_reported() -> None:
@@ -220,6 +220,78 @@ def test_an_exception_leaves_the_model_as_it_was() -> None:
         layer(torch.randn(3, 5))
     assert "forward" not in vars(layer)
     assert isinstance(layer._parameters["weight"], nn.Parameter)
+
+
+# ---- weights that are computed from others
+
+
+def mirrored(encoder: nn.Linear) -> nn.Module:
+    return nn.Sequential(encoder, nn.Tanh(), TiedDecoder(encoder))
+
+
+@pytest.fixture(params=["TiedLinear", "TiedConv2d", "TiedAutoencoder", "TiedDecoder"])
+def twins(request: pytest.FixtureRequest, computed: Callable[[nn.Module], object]):
+    """A model whose weight is computed, the same with that weight as a parameter, and a batch."""
+    made, x = {
+        "TiedLinear": (lambda: TiedLinear(8, 6, True, activation="tanh", dtype=F64), torch.randn(9, 8)),
+        "TiedConv2d": (lambda: TiedConv2d(2, 6, 2, 2, bias=True, dtype=F64), torch.randn(3, 2, 4, 4)),
+        "TiedAutoencoder": (lambda: TiedAutoencoder([8, 6], True, dtype=F64), torch.randn(9, 8)),
+        "TiedDecoder": (lambda: mirrored(nn.Linear(8, 6, dtype=F64)), torch.randn(9, 8)),
+    }[request.param]
+    model, plain = made(), made()
+
+    def owner(model: nn.Module) -> nn.Module:
+        return next(m for m in model.modules() if hasattr(m, "weight"))
+
+    with torch.no_grad():
+        for t, other in zip(plain.parameters(), model.parameters(), strict=True):
+            t.copy_(other)
+        computed(owner(model))
+        owner(plain).weight.copy_(owner(model).weight)
+    return model, plain, x.double()
+
+
+@pytest.fixture(params=["weight_norm", "orthogonal", "pruning"])
+def computed(request: pytest.FixtureRequest) -> Callable[[nn.Module], object]:
+    if request.param == "pruning":
+        return lambda owner: prune.l1_unstructured(owner, "weight", 0.5)
+    return getattr(parametrizations, request.param)
+
+
+def test_report_of_a_computed_weight(twins: tuple[nn.Module, nn.Module, torch.Tensor]) -> None:
+    model, plain, x = twins
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    found, expected = report_of(model, x), report_of(plain, x)
+    assert found.warnings == expected.warnings
+    for ours, theirs in ((found.pairs, expected.pairs), (found.stages, expected.stages)):
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs, strict=True):
+            assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other))
+    torch.testing.assert_close(model.state_dict(), before)
+    y = model(x)  # and outside the block nothing is left behind
+    torch.testing.assert_close(y, plain(x))
+    with torch.no_grad():
+        for t in model.parameters():
+            t.add_(torch.randn_like(t))
+    assert not torch.allclose(model(x), y)
+
+
+def test_summary_of_a_computed_weight(twins: tuple[nn.Module, nn.Module, torch.Tensor]) -> None:
+    model, plain, x = twins
+    found, expected = analysis.summary(model, x), analysis.summary(plain, x)
+    assert found.untied_parameters - found.parameters == expected.untied_parameters - expected.parameters
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.flops >= expected.flops > 0
+    assert found.step_bytes is not None and found.unfused_step_bytes is not None
+
+
+def test_trace_and_decoders_of_a_computed_weight() -> None:
+    layer = parametrizations.orthogonal(TiedLinear(8, 4, dtype=F64))
+    assert analysis.trace(layer, torch.randn(5, 8, dtype=F64)).error is None
+    result = analysis.compare_decoders(layer, torch.randn(50, 8, dtype=F64))
+    (_, transpose, *_), (_, pinv, *_) = result.rows
+    assert transpose == pytest.approx(pinv)
+    assert analysis.orthogonality(layer.weight) < 1e-10
 
 
 # ---- counting

@@ -35,6 +35,16 @@ X, W, B, C = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16), torch.randn
             TypeError,
             r"weight: expected a floating-point tensor .*got float8_e4m3fn",
         ),
+        ((X, W.to_sparse(), B, C), {}, TypeError, r"weight: expected a dense tensor, got sparse_coo; weight.to_dense"),
+        ((X, W, B.to_sparse(), C), {}, TypeError, r"bias_enc: expected a dense tensor, got sparse_coo"),
+        ((X, W, B, C.to_sparse()), {}, TypeError, r"bias_dec: expected a dense tensor, got sparse_coo"),
+        (
+            (X[None].to_sparse(), W),
+            {},
+            ValueError,
+            r"x: expected shape \[N, 8\] with 2 sparse dimensions .*, got \[1, 3, 8\] with 3; x.to_dense",
+        ),
+        ((X.to_sparse(1), W), {}, ValueError, r"x: .* 2 sparse dimensions where it is sparse, got \[3, 8\] with 1;"),
         (([1.0], W), {}, TypeError, r"x: expected a tensor, got list"),
         ((X, None), {}, TypeError, r"weight: expected a tensor, got NoneType"),
         ((X, W, 1.0), {}, TypeError, r"bias_enc: expected a tensor, got float"),
@@ -179,6 +189,17 @@ def test_registering_what_is_not_elementwise_or_in_place(forward, derivative, me
     with pytest.raises(ValueError, match=message):
         tiedfused.register_activation("not_so", forward, derivative)
     assert "not_so" not in tiedfused.activation_names()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.TiedLinear(8, 4), nn.TiedConv1d(2, 3, 2), nn.TiedDecoder(torch.nn.Linear(8, 4)), nn.TiedAutoencoder([8, 4])],
+    ids=lambda layer: layer._get_name(),
+)
+def test_torch_script(layer: torch.nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"^Tied\w+\(.*: torch.jit.script cannot compile it; torch.compile and"):
+        torch.jit.script(torch.nn.Sequential(layer))
 
 
 def test_sizes_of_numpy() -> None:

@@ -19,6 +19,7 @@ from tiedfused._backends.triton import chunked, launch
 from tiedfused._backends.triton.combine import combine
 from tiedfused.activations import get_activation
 from tiedfused.planning import Plan, plan
+from tiedfused.regimes import chunked as chunked_regime
 
 N, D, H = 600, 72, 1000
 BF16 = torch.bfloat16
@@ -65,6 +66,15 @@ def of_chunks(rows: int, latents: int, *, stats: bool) -> Plan:
     return dataclasses.replace(made, forward=forward, backward=backward)
 
 
+def with_x_apart(made: Plan) -> Plan:
+    """The same with x̄ in a sweep of its own, as where its sum does not fit the workspace."""
+    assert made.backward is not None and made.backward.chunk is not None
+    small = dataclasses.replace(made.request, in_force=dataclasses.replace(made.request.in_force, workspace_bytes=0))
+    passes = chunked_regime._backward_passes(small, False, *made.backward.chunk)
+    assert [one.kernel for one in passes].count("chunk_latent") == 2
+    return dataclasses.replace(made, backward=dataclasses.replace(made.backward, passes=passes))
+
+
 def step(made: Plan, offset: int) -> None:
     """Forward and backward on rows that begin `offset` numbers into wider ones."""
 
@@ -79,11 +89,13 @@ def step(made: Plan, offset: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 8])
 @pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("rows, latents", [(N, 256), (128, H), (128, 256), (N, H)])
 def test_later_launches_are_as_they_would_have_been(
-    rows: int, latents: int, stats: bool, offset: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, latents: int, apart: bool, stats: bool, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = of_chunks(rows, latents, stats=stats)
+    made = with_x_apart(made) if apart else made
     with monkeypatch.context() as patch:
         expected = Driver(patch, compiles=False)
         step(made, offset)
@@ -99,6 +111,20 @@ def test_later_rows_are_no_other_launch(monkeypatch: pytest.MonkeyPatch) -> None
     driver = Driver(monkeypatch, compiles=True)
     step(of_chunks(100, H, stats=False), 0)
     assert driver.searches.count("chunk_latent_kernel") == 2, "in forward and in backward"
+
+
+def test_row_chunks_of_a_sweep_for_x_alone_are_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch, compiles=True)
+    step(with_x_apart(of_chunks(100, H, stats=False)), 0)
+    assert driver.searches.count("chunk_latent_kernel") == 3, "in forward and in both sweeps of backward"
+
+
+def test_statistics_of_later_chunks_are_the_same_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch, compiles=True)
+    step(of_chunks(N, 256, stats=True), 0)
+    parts = [name for name, *_ in driver.launches].count("add_parts_kernel")
+    # of rows, of 256 latents, of the other 232
+    assert (parts, driver.searches.count("add_parts_kernel")) == (8, 3)
 
 
 def test_operands_that_need_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

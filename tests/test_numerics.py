@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from numerics import NAMES, Problem, assert_close, assert_layer_matches, outputs, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedfused
 from tiedfused import reference, settings
@@ -185,6 +186,26 @@ def _strided(p: Problem, layout: str) -> Problem:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides(small_tiles: str, layout: str, dtype: torch.dtype, device: str) -> None:
     assert_layer_matches(layer(), _strided(problem(40, 33, 50, dtype, device), layout))
+
+
+class _SecondOperands(TorchDispatchMode):
+    """Fails where oneDNN would take its reference path, hundreds of times slower."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            assert args[1].is_contiguous() or args[1].t().is_contiguous(), (args[1].shape, args[1].stride())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("d", "h"), [(33, 50), (40, 16)])
+def test_onednn_reads_second_operands_without_gaps(small_tiles: str, d: int, h: int, recompute: bool) -> None:
+    p = _strided(problem(40, d, h), "row stride")
+    x, weight, bias_enc = p.x.detach(), p.weight.detach(), p.bias_enc.detach().contiguous()
+    plan = tiedfused.plan(40, d, h, recompute=recompute)
+    with _SecondOperands():
+        _, latent, _ = tiled.forward(x, weight, bias_enc, None, plan)
+        tiled.backward(p.grad_y, x, weight, bias_enc, latent, plan, (True, True, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import io
 import math
@@ -13,12 +14,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from numerics import Problem, outputs, problem
+from numerics import Problem, assert_layer_matches, outputs, problem
+from test_stats import assert_matches
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedfused
@@ -198,21 +200,55 @@ def test_other_settings_trace_anew_and_the_same_do_not() -> None:
     assert keeps == [True, False, True]
 
 
+ONE_TILE, TILES_OF_32, TILES_OF_16 = ({"workspace_bytes": n} for n in (1 << 28, 1 << 14, 1))
+
+
 @pytest.mark.parametrize("return_stats", [False, True])
-def test_kept_latent_is_read_as_it_was_written(return_stats: bool) -> None:
-    """The settings decide how a kept latent is laid out, and backward may run under others than forward."""
+@pytest.mark.parametrize("way", ["eager", "compiled", "checkpoint", "checkpoint of compiled", "compiled checkpoint"])
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (ONE_TILE, TILES_OF_16),
+        (TILES_OF_16, ONE_TILE),
+        (TILES_OF_16, TILES_OF_32),
+        (TILES_OF_32, TILES_OF_16 | {"regime": "tiled"}),
+    ],
+)
+def test_kept_latent_is_read_whatever_the_settings(forward: dict, backward: dict, way: str, return_stats: bool) -> None:
     torch._dynamo.reset()
-    p = problem(40, 8, 50, torch.float64)
-    options = {"recompute": False, "return_stats": return_stats}
-    layer = torch.compile(lambda *t: tied_encode_decode(*t, **options), fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(reference.tied_encode_decode(*p.operands), p.operands, p.grad_y)
-    one_tile, many_tiles = 1 << 28, 1
-    for forward, backward in ((one_tile, many_tiles), (many_tiles, one_tile), (many_tiles, many_tiles)):
-        with settings.override(workspace_bytes=forward):
-            y = layer(*p.operands)
-        with settings.override(workspace_bytes=backward):
-            grads = torch.autograd.grad(y[0] if return_stats else y, p.operands, p.grad_y)
-        torch.testing.assert_close(grads, expected)
+
+    def layer(*operands):
+        return tied_encode_decode(*operands, recompute=False, return_stats=return_stats)
+
+    def checkpointed(f):
+        return lambda *operands: checkpoint(f, *operands, use_reentrant=False)
+
+    compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    called = {
+        "eager": layer,
+        "compiled": compiled(layer),
+        "checkpoint": checkpointed(layer),
+        "checkpoint of compiled": checkpointed(compiled(layer)),
+        "compiled checkpoint": compiled(checkpointed(layer)),
+    }[way]
+
+    def under_its_settings(*operands):
+        with settings.override(**forward):
+            return called(*operands)
+
+    with settings.override(**backward):
+        (assert_matches if return_stats else assert_layer_matches)(under_its_settings, problem(40, 8, 50))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_checkpoint_that_keeps_the_latent_once_only_is_an_error(recompute: bool) -> None:
+    """Were nothing saved in the place of a latent that is not kept, one of y's shape would be taken for y."""
+    p = small(n=5)
+    with settings.override(recompute=recompute):
+        options = {"output_activation": "sigmoid", "use_reentrant": False}
+        y = checkpoint(tied_encode_decode, p.x, p.weight[:8], **options)
+    with settings.override(recompute=not recompute), pytest.raises(CheckpointError, match="different metadata"):
+        y.sum().backward()
 
 
 def test_frozen_weights_keep_no_latent_when_compiled() -> None:
@@ -257,21 +293,15 @@ def test_export(strict: bool) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_exported_module_runs_under_the_settings_in_force(recompute: bool, strict: bool, monkeypatch) -> None:
-    """But for those that a kept latent is laid out by."""
     layer, x = tiedfused.TiedLinear(8, 16), torch.randn(5, 8)
     with settings.override(recompute=recompute):
         module = torch.export.export(layer, (x,), strict=strict).module()
     asked: list[str] = []
-    request = planning.request
-
-    def noted(*problem, in_force, **options):
-        asked.append(in_force.regime)
-        return request(*problem, in_force=in_force, **options)
-
-    monkeypatch.setattr(planning, "request", noted)
+    make_plan = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", lambda r: asked.append(r.in_force.regime) or make_plan(r))
     with settings.override(regime="tiled"):
         module(x).sum().backward()
-    assert asked == (["tiled"] * 2 if recompute else ["auto"] * 2)
+    assert asked == ["tiled"] * 2
 
 
 def test_exported_module_trains() -> None:
@@ -418,8 +448,9 @@ def test_meta_and_fake_tensors() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the sparse CSR beta, and the prototype of nested tensors
 @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "jagged"])
-def test_other_layouts_of_x(layout: str) -> None:
-    model = tiedfused.TiedLinear(8, 16, bias=True, activation="relu")
+@pytest.mark.parametrize("bias_mode", ["independent", "pre"])
+def test_other_layouts_of_x(layout: str, bias_mode: str) -> None:
+    model = tiedfused.TiedLinear(8, 16, bias_mode=bias_mode, activation="relu")
     x = torch.randn(5, 8).relu()
     expected = model(x)
     if layout == "jagged":

@@ -36,6 +36,8 @@ _modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
 _tracing = torch._C._is_tracing
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 _PLANS_KEPT = 4096
@@ -84,7 +86,7 @@ def tied_encode_decode(
     """y = g(f(x Wᵀ + b_enc) W + b_dec), without storing the latent.
 
     Args:
-        x: ``[..., d]``, any strides; bfloat16, float16, float32 or float64.
+        x: ``[..., d]``, any strides, or sparse ``[N, d]``; bfloat16, float16, float32 or float64.
         weight: ``[H, d]``, same dtype and device as x (any under autocast).
         bias_enc: ``[H]`` or None.
         bias_dec: ``[d]`` or None.
@@ -106,7 +108,8 @@ def tied_encode_decode(
     `tiedfused.reference` for the formulas and `tiedfused.plan` for what serves a given problem.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, dtypes differ, an activation is not a name.
+        TypeError: an argument is not a floating-point tensor, another than x is sparse, dtypes differ, an activation is
+            not a name.
         ValueError: shapes or devices do not go together, d or H is 0, an activation is unknown.
 
     Example:
@@ -136,8 +139,9 @@ def tied_encode_decode(
         or x.is_meta
         or x.is_neg()
         or weight.is_neg()
-        or (bias_enc is not None and bias_enc.is_neg())
-        or (bias_dec is not None and bias_dec.is_neg())
+        or weight.layout is not strided
+        or (bias_enc is not None and (bias_enc.is_neg() or bias_enc.layout is not strided))
+        or (bias_dec is not None and (bias_dec.is_neg() or bias_dec.layout is not strided))
         or _any_autocast()
         or _tracing()
         or x.layout is not strided
@@ -259,10 +263,7 @@ def _dispatched(
 
         save_latent = keeps_latent_for(rows, weight, f, recompute, return_stats)
     op = torch.ops.tiedfused.forward_stats if return_stats else torch.ops.tiedfused.forward
-    now = settings.current()
-    # where none is kept, a graph, which may be saved, does not bind those who run it to the settings of the tracing
-    layout = {"regime": now.regime, "workspace_bytes": now.workspace_bytes} if save_latent else {}
-    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent, **layout)
+    z, _, *latent_stats = op.default(rows, weight, bias_enc, bias_dec, f.name, save_latent)
     y = g.forward(z) if rows is x else g.forward(z).view(x.shape)
     return (y, _shaped(LatentStats(*latent_stats), x)) if return_stats else y
 
@@ -293,11 +294,18 @@ def check_arguments(
         if t.dtype not in DTYPES:
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name}: expected a floating-point tensor ({expected}), got {_name(t.dtype)}")
+        if name != "x" and t.layout is not strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {_name(t.layout)}; {name}.to_dense() is one")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape [H, d], both at least 1, got {_shape(weight)}")
     h, d = weight.shape
     if x.dim() == 0 or x.shape[-1] != d:
         raise ValueError(f"x: expected shape [..., {d}], as weight is [{h}, {d}], got {_shape(x)}")
+    if x.layout in SPARSE and (x.dim() > 2 or x.dense_dim()):
+        raise ValueError(
+            f"x: expected shape [N, {d}] with 2 sparse dimensions where it is sparse, got {_shape(x)} with "
+            f"{x.sparse_dim()}; x.to_dense() may have any shape"
+        )
     for name, bias, size in (("bias_enc", bias_enc, h), ("bias_dec", bias_dec, d)):
         if bias is not None and bias.shape != (size,):
             raise ValueError(f"{name}: expected shape [{size}], as weight is [{h}, {d}], got {_shape(bias)}")
@@ -313,7 +321,7 @@ def check_arguments(
     return get_activation(activation), get_activation(output_activation, "output_activation")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 

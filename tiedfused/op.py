@@ -11,14 +11,17 @@ would stay alive through it.
 A call that asks for the latent's statistics has doors of its own, `EncodeDecodeStats` and
 `torch.ops.tiedfused.forward_stats`, so that the others do not pay for outputs they do not have; the backward is shared.
 
-Saved for backward: x, weight, bias_enc, and the latent only if the plan keeps it. Backward recomputes the latent tile
-by tile otherwise. With ``create_graph=True`` it is written out in differentiable PyTorch instead, so that second
-derivatives are right; that form stores the latent.
+Saved for backward: x, weight, bias_enc, and the latent only if the plan keeps it; else backward recomputes it tile by
+tile. Settings may change between forward and backward, so a kept latent has one layout (`tiedfused._backends`). And
+`torch.utils.checkpoint` calls forward again during backward, and tells what it saves then by order and shape: so
+something empty is saved in the place of a latent that is not kept.
+
+With ``create_graph=True`` backward is written out in differentiable PyTorch instead, so that second derivatives are
+right; that form stores the latent.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.utils.flop_counter import register_flop_formula
 
-from tiedfused import planning, reference, settings
+from tiedfused import planning, reference
 from tiedfused._backends import BACKENDS
 from tiedfused.activations import IDENTITY, Activation, get_activation
 from tiedfused.planning import Plan
@@ -42,14 +45,11 @@ def plan_for(
     grad_x: bool,
     recompute: bool | None,
     stats: bool = False,
-    in_force: settings.Settings | None = None,
 ) -> Plan:
-    """The plan of x ``[..., d]`` with weight ``[H, d]``, under the present settings or those of an earlier call."""
+    """The plan of x ``[..., d]`` with weight ``[H, d]``, under the present settings."""
     h, d = weight.shape
     return planning.make_plan(
-        planning.request(
-            x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute, stats, in_force=in_force
-        )
+        planning.request(x.numel() // d, d, h, x.dtype, x.device, f, g, grad, grad_x, recompute, stats)
     )
 
 
@@ -83,6 +83,10 @@ def forward_with_stats(
     return z, latent, stats
 
 
+# one for all calls: to make one takes a tenth of the forward of a small one
+_NOT_KEPT = torch.empty(0, device="cpu")
+
+
 def _penalties(grad_l1: Tensor | None, grad_mean: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
     """What the backends add to h̄: a term of each row, times the latent's sign, and one of each latent."""
     return (
@@ -114,7 +118,7 @@ class EncodeDecode(torch.autograd.Function):
         """The pre-output z ``[N, d]``."""
         z, latent, _ = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
         ctx.plan = plan
-        ctx.save_for_backward(x, weight, bias_enc, latent)
+        ctx.save_for_backward(x, weight, bias_enc, _NOT_KEPT if latent is None else latent)
         return z
 
     @staticmethod
@@ -135,7 +139,8 @@ class EncodeDecode(torch.autograd.Function):
             grad_z = last_stride_one(grad_z)
             penalties = _penalties(grad_l1, grad_mean, plan.n) if plan.stats else ()
             backend = BACKENDS[plan.backward.backend]
-            grads = backend.backward(grad_z, x, weight, bias_enc, latent, plan, needs[:3], *penalties)
+            kept = latent if plan.save_latent else None
+            grads = backend.backward(grad_z, x, weight, bias_enc, kept, plan, needs[:3], *penalties)
         grad_bias_dec = grad_z.sum(0) if needs[3] else None
         return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None
 
@@ -155,7 +160,7 @@ class EncodeDecodeStats(torch.autograd.Function):
         """The pre-output z ``[N, d]``, l1 ``[N]``, l0 ``[N]``, mean ``[H]`` and fired ``[H]``."""
         z, latent, stats = forward_with_stats(x, weight, bias_enc, bias_dec, plan)
         ctx.plan = plan
-        ctx.save_for_backward(x, weight, bias_enc, latent)
+        ctx.save_for_backward(x, weight, bias_enc, _NOT_KEPT if latent is None else latent)
         ctx.mark_non_differentiable(stats.l0, stats.fired)
         ctx.set_materialize_grads(False)
         return z, *stats
@@ -175,24 +180,19 @@ apply_encode_decode_stats = super(torch.autograd.Function, EncodeDecodeStats).ap
 
 # ---- the registered operator -------------------------------------------------------------------------------------
 
-# How a kept latent is laid out depends on these settings; None takes those in force. They are arguments so that a
-# graph's backward, which may run under others, reads what its forward wrote. On a GPU, where the cost model decides, it
-# may also depend on the tiles in `config_dir`, but a path of one machine has no place in a graph.
-_SETTINGS = "*, str? regime=None, int? workspace_bytes=None"
-
 _library = torch.library.Library("tiedfused", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent, "
-    f"{_SETTINGS}) -> (Tensor z, Tensor latent)"
+    "forward(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent)"
+    " -> (Tensor z, Tensor latent)"
 )
 _library.define(
-    "forward_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent, "
-    f"{_SETTINGS}) -> (Tensor z, Tensor latent, Tensor l1, Tensor l0, Tensor mean, Tensor fired)"
+    "forward_stats(Tensor x, Tensor weight, Tensor? bias_enc, Tensor? bias_dec, str activation, bool save_latent)"
+    " -> (Tensor z, Tensor latent, Tensor l1, Tensor l0, Tensor mean, Tensor fired)"
 )
 _library.define(
     "backward(Tensor grad_z, Tensor x, Tensor weight, Tensor? bias_enc, Tensor latent, str activation, "
-    "bool save_latent, bool[] needs, bool stats=False, Tensor? grad_l1=None, Tensor? grad_mean=None, "
-    f"{_SETTINGS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
+    "bool save_latent, bool[] needs, bool stats=False, Tensor? grad_l1=None, Tensor? grad_mean=None)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias_enc)"
 )
 
 
@@ -203,15 +203,11 @@ def _op_forward(
     bias_dec: Tensor | None,
     activation: str,
     save_latent: bool,
-    *,
-    regime: str | None = None,
-    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
-    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
-    plan = plan_for(x, weight, f, IDENTITY, save_latent, True, not save_latent, in_force=in_force)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent)
     z, latent, _ = BACKENDS[plan.forward.backend].forward(x, weight, bias_enc, bias_dec, plan)
-    return z, _flat(latent, x)
+    return z, x.new_empty(0) if latent is None else latent
 
 
 def _op_forward_stats(
@@ -221,29 +217,11 @@ def _op_forward_stats(
     bias_dec: Tensor | None,
     activation: str,
     save_latent: bool,
-    *,
-    regime: str | None = None,
-    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
     x, weight, bias_enc, bias_dec = kernel_layout(x, weight, bias_enc, bias_dec)
-    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
-    plan = plan_for(x, weight, f, IDENTITY, save_latent, True, not save_latent, True, in_force)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, save_latent, True, not save_latent, True)
     z, latent, stats = forward_with_stats(x, weight, bias_enc, bias_dec, plan)
-    return z, _flat(latent, x), *stats
-
-
-def _in_force(regime: str | None, workspace_bytes: int | None) -> settings.Settings:
-    """The present settings, with those that an op was given."""
-    now = settings.current()
-    regime = now.regime if regime is None else regime
-    workspace_bytes = now.workspace_bytes if workspace_bytes is None else workspace_bytes
-    if (regime, workspace_bytes) == (now.regime, now.workspace_bytes):
-        return now
-    return dataclasses.replace(now, regime=regime, workspace_bytes=workspace_bytes)
-
-
-def _flat(latent: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if latent is None else latent.view(-1)
+    return z, x.new_empty(0) if latent is None else latent, *stats
 
 
 def _op_backward(
@@ -258,14 +236,10 @@ def _op_backward(
     stats: bool = False,
     grad_l1: Tensor | None = None,
     grad_mean: Tensor | None = None,
-    *,
-    regime: str | None = None,
-    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_z = last_stride_one(grad_z)
     x, weight, bias_enc, _ = kernel_layout(x, weight, bias_enc, None)
-    f, in_force = get_activation(activation), _in_force(regime, workspace_bytes)
-    plan = plan_for(x, weight, f, IDENTITY, True, needs[0], not save_latent, stats, in_force)
+    plan = plan_for(x, weight, get_activation(activation), IDENTITY, True, needs[0], not save_latent, stats)
     assert plan.backward is not None
     grads = BACKENDS[plan.backward.backend].backward(
         grad_z,
@@ -290,29 +264,23 @@ for _name, _implementation in (
 
 
 @torch.library.register_fake("tiedfused::forward", lib=_library)
-def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent, **_):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty(x.shape[0] * weight.shape[0] if save_latent else 0)
+def _fake_forward(x, weight, bias_enc, bias_dec, activation, save_latent):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[0]) if save_latent else 0)
 
 
 @torch.library.register_fake("tiedfused::forward_stats", lib=_library)
-def _fake_forward_stats(x, weight, *arguments, **_):  # type: ignore[no-untyped-def]
+def _fake_forward_stats(x, weight, *arguments):  # type: ignore[no-untyped-def]
     return *_fake_forward(x, weight, *arguments), *reference.zero_stats(x, weight)
 
 
 @torch.library.register_fake("tiedfused::backward", lib=_library)
-def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *_, **__):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_z, x, weight, bias_enc, latent, activation, save_latent, needs, *_):  # type: ignore[no-untyped-def]
     shapes = (x.shape, weight.shape, (weight.shape[0],))
     return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-def _op_setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
+def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias_enc, _, ctx.activation, ctx.save_latent = inputs
-    ctx.in_force = keyword_only_inputs
-    if ctx.save_latent:
-        in_force = _in_force(**keyword_only_inputs)
-        ctx.in_force = {name: getattr(in_force, name) for name in keyword_only_inputs}
     ctx.device = x.device.type
     latent, *stats = output[1:]
     ctx.mark_non_differentiable(latent, *stats[1::2])
@@ -339,7 +307,7 @@ def _op_autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None, *grad_stats:
     else:
         operands = (grad_z, x, weight, bias_enc, latent, ctx.activation, ctx.save_latent, list(needs[:3]))
         penalties = (True, grad_l1, grad_mean) if grad_stats else ()
-        grads = torch.ops.tiedfused.backward.default(*operands, *penalties, **ctx.in_force)
+        grads = torch.ops.tiedfused.backward.default(*operands, *penalties)
     grad_bias_dec = grad_z.sum(0) if needs[3] else None
     return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), grad_bias_dec, None, None
 
@@ -357,7 +325,7 @@ def _op_no_double_backward(ctx: Any, *grads: Tensor) -> None:
 torch.library.register_autograd(
     "tiedfused::backward",
     _op_no_double_backward,
-    setup_context=lambda ctx, inputs, keyword_only_inputs, output: None,
+    setup_context=lambda ctx, inputs, output: None,
     lib=_library,
 )
 

@@ -251,12 +251,11 @@ def request(
     recompute: bool | None,
     stats: bool = False,
     capability: int | None = None,
-    in_force: settings.Settings | None = None,
 ) -> Request:
-    """The problem, and the settings that its plan depends on: the present ones where none are given."""
+    """The problem, and the settings that its plan depends on: the present ones."""
     if capability is None and device.type == "cuda":
         capability = devices.cuda_capability(device.index)
-    in_force = settings.current() if in_force is None else in_force
+    in_force = settings.current()
     return Request(
         n=n,
         d=d,
@@ -302,28 +301,12 @@ def _ways_to_keep(r: Request) -> tuple[bool, ...]:
 
 
 def _with_latent(r: Request, keep: bool) -> Plan:
-    if not keep:
-        forward, others = _best(r, "forward", _offers(r, "forward", keep))
-        backward = None
-        if r.grad:
-            backward, backward_others = _best(r, "backward", _offers(r, "backward", keep))
-            others += backward_others
-        return Plan(r, forward, backward, keep, _by_name(others))
-    # What is kept is read by the regime that wrote it. Forward and backward ask apart, and only backward knows whether
-    # x needs a gradient: the choice must not depend on it.
-    whole = dataclasses.replace(r, grad_x=True)
-    forwards, backwards = (_offers(whole, direction, keep) for direction in ("forward", "backward"))
-    both: dict[str, Part | str] = {}
-    for name, forward_part in forwards.items():
-        backward_part = backwards[name]
-        if isinstance(forward_part, Part) and isinstance(backward_part, Part):
-            both[name] = dataclasses.replace(forward_part, passes=forward_part.passes + backward_part.passes)
-        else:
-            both[name] = forward_part if isinstance(forward_part, str) else backward_part
-    chosen, others = _best(r, "a step", both)
-    writes, reads = (_offers(r, direction, keep)[chosen.regime] for direction in ("forward", "backward"))
-    assert isinstance(writes, Part) and isinstance(reads, Part)
-    return Plan(r, writes, reads, keep, _by_name(others))
+    forward, others = _best(r, "forward", _offers(r, "forward", keep))
+    backward = None
+    if r.grad:
+        backward, backward_others = _best(r, "backward", _offers(r, "backward", keep))
+        others += backward_others
+    return Plan(r, forward, backward, keep, _by_name(others))
 
 
 _Others = list[tuple[str, str]]

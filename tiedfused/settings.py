@@ -112,9 +112,8 @@ def current() -> Settings:
 def override(**changes: Any) -> Iterator[Settings]:
     """Change settings for the length of a ``with`` block (of the whole process, all threads).
 
-    A latent that a call keeps is read by its backward pass as it was written, whatever is in force by then; where the
-    call was compiled, whatever `regime` and `workspace_bytes` are. Not so in `torch.utils.checkpoint`, which calls
-    forward again during backward: there the block has to hold for both.
+    When a call's backward runs, they need not be those of its forward. Only `torch.utils.checkpoint`, which calls
+    forward again, raises where one of its calls keeps the latent and the other does not.
 
     Example:
         >>> import tiedfused

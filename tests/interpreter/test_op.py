@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ import triton.language as tl
 from numerics import Problem, assert_layer_matches, outputs, problem
 from test_stats import assert_matches
 from test_stats import layer as with_stats
+from torch.utils.checkpoint import checkpoint
 
 import tiedfused
 from tiedfused import activations, reference, settings
@@ -170,6 +174,44 @@ def test_nothing_of_the_size_of_the_latent_is_saved() -> None:
 def test_keeping_the_latent(activation: str, backend: str) -> None:
     assert tiedfused.plan(12, 8, 20, recompute=False, activation=activation).backend == backend
     assert_layer_matches(layer(recompute=False, activation=activation), problem(12, 8, 20), activation=activation)
+
+
+def config_that_says(folder: Path, chunked: float) -> dict[str, str]:
+    """Settings under which the chunked regime's kernels were measured to reach a fraction of the peak."""
+    folder.mkdir()
+    kernels = ("chunk_encode", "chunk_latent", "chunk_weight_grad", "chunk_decode")
+    efficiency = {kernel: {"2": {"any": chunked}, "4": {"any": chunked}} for kernel in kernels}
+    (folder / "sm90.json").write_text(json.dumps({"status": "measured", "tiles": {}, "efficiency": efficiency}))
+    return {"config_dir": str(folder)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["eager", "compiled", "checkpoint"])
+@pytest.mark.parametrize("forward", ["tiled", "chunked"])
+def test_kept_latent_is_read_by_another_regime(forward: str, way: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As where a new config arrives between the forward and the backward pass."""
+    torch._dynamo.reset()
+    regimes = {
+        "tiled": config_that_says(tmp_path / "slow", 1e-6) | {"workspace_bytes": 1 << 15},  # in two tiles
+        "chunked": config_that_says(tmp_path / "fast", 1.0),
+    }
+    sizes = 20, 16, 100
+    for regime, changes in regimes.items():
+        with settings.override(**changes):
+            assert tiedfused.plan(*sizes, dtype=dtype, recompute=False).regime == regime
+    called = layer(recompute=False)
+    if way == "compiled":
+        called = torch.compile(called, fullgraph=True, backend="aot_eager")
+    elif way == "checkpoint":
+        called = functools.partial(checkpoint, called, use_reentrant=False)
+
+    def under_its_settings(*operands):
+        with settings.override(**regimes[forward]):
+            return called(*operands)
+
+    (backward,) = regimes.keys() - {forward}
+    with settings.override(**regimes[backward]):
+        assert_layer_matches(under_its_settings, problem(*sizes, dtype))
 
 
 def test_registered_op_and_compile() -> None:

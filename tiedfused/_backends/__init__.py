@@ -5,8 +5,10 @@
         -> (x̄ | None, W̄ | None, b̄_enc | None)
 
 x and grad_z are [N, d] with N ≥ 1 and a last stride of 1, weight [H, d] likewise; `plan` has already been checked
-against what the backend can do. If `plan.stats`, forward also returns the latent's statistics, Σₙ h taking the
-place of its mean, and backward adds to h̄ what their gradients give, [N] and [H], contiguous, in fp32 at least, or None:
+against what the backend can do. The latent, None where it is not kept, is one contiguous [N, H] in x's dtype, whichever
+backend writes or reads it: h where f's gradient can be read off it (`Activation.from_output`), else the pre-activation.
+If `plan.stats`, forward also returns the latent's statistics, Σₙ h taking the place of its mean, and backward adds to h̄
+what their gradients give, [N] and [H], contiguous, in fp32 at least, or None:
 ``grad_l1[n] · sign(h[n, j]) + grad_total[j]``.
 """
 

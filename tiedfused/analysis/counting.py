@@ -23,7 +23,7 @@ class Summary(Shown):
     Args:
         batch: the shape it was measured on.
         parameters: as it is, tied.
-        untied_parameters: with a decoder weight of its own for each pair.
+        untied_parameters: with a decoder weight of its own for each pair, without a parametrization.
         parameter_bytes: of the parameters as it is.
         untied_parameter_bytes: of the parameters untied.
         step_bytes: measured peak of forward and backward above parameters and batch, gradients included; None on
@@ -94,7 +94,10 @@ def summary(module: nn.Module, batch: Tensor) -> Summary:
         return peak_memory(step, batch.device)
 
     with FlopCounterMode(display=False) as counter:
-        step()
+        # of what leads to leaves: its hooks refuse a leaf as the argument of a module, as a parametrization's is
+        aliases = {name: p.view_as(p) for name, p in module.named_parameters()}
+        out = torch.func.functional_call(module, aliases, batch.view_as(batch))
+        torch.autograd.grad(out.square().mean(), trained, allow_unused=True)
     fused = peak()
     with unfused(module):
         plain = peak()

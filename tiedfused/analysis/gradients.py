@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedfused.analysis.halves import Method, mirrors, replaced, tied_layers, unfused
+from tiedfused.analysis.halves import Method, mirrors, replaced, tied_layers, unfused, with_weight
 from tiedfused.analysis.show import Shown, group, table
 
 SMALL_SHARE = 0.01  # below this the weight is trained by one half alone
@@ -77,8 +77,8 @@ def gradient_report(module: nn.Module) -> Iterator[GradientReport]:
 
     Gradients arrive in ``.grad`` as always, so the block can be a training step. Within it tied layers run as their two
     halves and store the latent, as plain PyTorch would: a step every hundred costs next to nothing in time, and where
-    memory is short a part of a batch will do. Pairs whose weight is not a plain parameter (parametrizations) are left
-    out, with a warning. Call the module itself in the block, not a compiled version of it.
+    memory is short a part of a batch will do. Of a parametrized or pruned weight W is what comes of it, and W̄ the
+    gradient there. Call the module itself in the block, not a compiled version of it.
 
     Args:
         module: anything with `TiedLinear`, `TiedAutoencoder`, `TiedConv1d`, `TiedConv2d` or `TiedDecoder` in it.
@@ -117,38 +117,30 @@ def gradient_report(module: nn.Module) -> Iterator[GradientReport]:
         yield report
     report.pairs.extend(watched.pairs())
     report.stages.extend(Stage(name, *rms) for name, rms in watched.stages.items())  # type: ignore[arg-type]
-    report.warnings.extend([*watched.skipped, *_warnings(report)])
+    report.warnings.extend(_warnings(report))
 
 
 class _Watched:
     """Collects, for each half, the gradient that it sends to the weight, and the rms at its output."""
 
     def __init__(self) -> None:
-        self.owners: dict[str, nn.Module] = {}
+        self.weights: dict[str, Tensor | None] = {}
         self.shares: dict[tuple[str, str], Tensor] = {}
         self.stages: dict[str, list[float]] = {}
-        self.skipped: list[str] = []
 
     def half(self, pair: str, owner: nn.Module, method: Method, which: str, stage: str) -> Method:
         """`method` with an alias of the weight in its place, so that its part of the gradient passes by itself."""
-        if "weight" not in owner._parameters:
-            if which == "encode":
-                self.skipped.append(f"{pair}: not reported, its weight is not a plain parameter")
-            return method
-        self.owners[pair] = owner
+        self.weights[pair] = None  # pairs are reported in the order of this
 
         def watching(*args: Any, **kwargs: Any) -> Tensor:
-            weight = owner._parameters["weight"]
-            assert weight is not None
+            weight: Tensor = owner.weight  # type: ignore[assignment]
+            self.weights[pair] = weight.detach()
             if not (torch.is_grad_enabled() and weight.requires_grad):
                 return method(*args, **kwargs)
             alias = weight.view_as(weight)
             alias.register_hook(self._add((pair, which)))
-            owner._parameters["weight"] = alias  # type: ignore[assignment]
-            try:
+            with with_weight(owner, alias):
                 out = method(*args, **kwargs)
-            finally:
-                owner._parameters["weight"] = weight
             rms = self.stages[stage] = [_rms(out), float("nan")]
             out.register_hook(lambda grad: rms.__setitem__(1, _rms(grad)))
             return out
@@ -163,16 +155,16 @@ class _Watched:
         return hook
 
     def pairs(self) -> Iterator[Pair]:
-        for name, owner in self.owners.items():
-            weight = owner._parameters["weight"]
-            assert weight is not None
+        for name, weight in self.weights.items():
+            if weight is None:
+                continue
             zero = torch.zeros_like(weight)
             terms = (self.shares.get((name, "encode"), zero), self.shares.get((name, "decode"), zero))
             encoder, decoder = (t.double().flatten() for t in terms)
             norms = encoder.norm(), decoder.norm()
             cosine = torch.dot(encoder, decoder) / (norms[0] * norms[1])
             total = (encoder + decoder).norm()
-            yield Pair(name, *map(float, (*norms, cosine, total, weight.detach().double().norm())))
+            yield Pair(name, *map(float, (*norms, cosine, total, weight.double().norm())))
 
 
 def _rms(t: Tensor) -> float:

@@ -48,6 +48,28 @@ def replaced(replacements: Sequence[tuple[nn.Module, str, Method]]) -> Iterator[
 
 
 @contextlib.contextmanager
+def with_weight(owner: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Within the block ``owner.weight`` is `weight`: in the place of a parameter, of what pruning left as a plain
+    attribute, or of the property of the class that a parametrization made for this module.
+    """
+    places: tuple[dict[str, Any], ...] = (owner._parameters, vars(owner))
+    place = next((place for place in places if "weight" in place), None)
+    before = type(owner).weight if place is None else place["weight"]  # type: ignore[attr-defined]
+
+    def put(value: Any) -> None:
+        if place is None:
+            type(owner).weight = value  # type: ignore[attr-defined]
+        else:
+            place["weight"] = value
+
+    put(weight)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
 def unfused(module: nn.Module) -> Iterator[None]:
     """Within the block every tied layer computes ``decode(encode(x))``, which stores its latent."""
     with replaced([(layer, "forward", _both_halves(layer)) for _, layer in tied_layers(module)]):

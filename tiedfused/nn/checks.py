@@ -14,6 +14,11 @@ def describe(module: nn.Module) -> str:
     return f"{module._get_name()}({module.extra_repr()})"
 
 
+def refuse_script(module: nn.Module) -> nn.Module:
+    """A layer's ``__prepare_scriptable__``, which `torch.jit.script` calls first: by itself it fails less clearly."""
+    raise RuntimeError(f"{describe(module)}: torch.jit.script cannot compile it; torch.compile and torch.export can")
+
+
 def checked_size(name: str, size: int, least: int = 1) -> int:
     """`size` as an int, of NumPy's integers too; a ValueError unless it is an integer of at least `least`."""
     if isinstance(size, torch.SymInt) or torch.jit.is_tracing():  # of an input whose size a traced graph leaves open

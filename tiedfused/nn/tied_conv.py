@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tiedfused.activations import get_activation
 from tiedfused.functional import tied_encode_decode
-from tiedfused.nn.checks import check_tensor, checked_size, describe, per_dimension
+from tiedfused.nn.checks import check_tensor, checked_size, describe, per_dimension, refuse_script
 from tiedfused.nn.tied_linear import mean_slope
 from tiedfused.planning import DTYPES
 
@@ -78,6 +78,7 @@ class _TiedConv(nn.Module):
     dimensions: int
     bias_enc: nn.Parameter | None
     bias_dec: nn.Parameter | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

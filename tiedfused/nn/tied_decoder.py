@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiedfused.nn.checks import check_features, check_tensor
+from tiedfused.nn.checks import check_features, check_tensor, refuse_script
 from tiedfused.nn.tied_conv import transposed_convolution
 
 
@@ -56,6 +56,7 @@ class TiedDecoder(nn.Module):
 
     encoder: nn.Linear | nn.Conv1d | nn.Conv2d
     bias: nn.Parameter | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tiedfused.activations import get_activation
-from tiedfused.functional import tied_encode_decode
-from tiedfused.nn.checks import check_features, checked_size, describe
+from tiedfused.functional import SPARSE, tied_encode_decode
+from tiedfused.nn.checks import check_features, checked_size, describe, refuse_script
 from tiedfused.planning import DTYPES
 from tiedfused.reference import LatentStats
 
@@ -62,6 +62,7 @@ class TiedLinear(nn.Module):
 
     bias_enc: nn.Parameter | None
     bias_dec: nn.Parameter | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -230,7 +231,7 @@ class TiedLinear(nn.Module):
         if self.bias_mode != "pre":
             return x
         assert self.bias_dec is not None
-        return x - self.bias_dec
+        return (x.to_dense() if x.layout in SPARSE else x) - self.bias_dec
 
     def _decoder_bias(self, atoms: Tensor) -> Tensor | None:
         if self.bias_mode == "latent":

@@ -3,7 +3,7 @@
     forward(request, keep)  -> Part, or why the regime does not apply
     backward(request, keep) -> Part, or why the regime does not apply
 
-`keep` asks for the latent to be kept from forward to backward; a kept latent is read by the regime that wrote it.
+`keep` asks for the latent to be kept from forward to backward, where any regime that reads one reads any other's.
 A new regime is a module here, an entry of `REGIMES`, and its kernels in `tiedfused._backends`.
 """
 

@@ -19,7 +19,7 @@ from tiedfused._backends.triton.stats import add_partial_stats, partial_stats
 from tiedfused.activations import IDENTITY, Activation
 from tiedfused.planning import Plan
 from tiedfused.reference import LatentStats, zero_stats
-from tiedfused.regimes.common import Pass
+from tiedfused.regimes.common import Part, Pass
 
 
 class _Sum:
@@ -51,6 +51,12 @@ def _slices(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
+def _repeats(part: Part, n: int, h: int) -> Repeats | None:
+    """For the launches of one call; None where one chunk is all there is."""
+    assert part.chunk is not None
+    return {} if n > part.chunk[0] or h > part.chunk[1] else None
+
+
 def options(one: Pass, plan: Plan) -> dict[str, Any]:
     """What every launch of a pass takes."""
     return {"tile": one.tile, "precision": plan.precision}
@@ -72,9 +78,8 @@ def forward(
     buffer = torch.empty(part.chunk if kept is None else (0, 0), dtype=x.dtype, device=x.device)
     stats = zero_stats(x, weight) if plan.stats else None
     all_latents = _slices(H, part.chunk[1])
-    all_rows = _slices(N, part.chunk[0])
-    repeats: Repeats | None = {} if len(all_rows) * len(all_latents) > 1 else None
-    for rows in all_rows:
+    repeats = _repeats(part, N, H)
+    for rows in _slices(N, part.chunk[0]):
         size = rows.stop - rows.start
         x_rows = x[rows]
         sum_y = _Sum(y[rows], len(all_latents), decode.split)
@@ -96,7 +101,7 @@ def forward(
                 **options(encode, plan),
             )
             if stats is not None and parts is not None:
-                add_partial_stats(parts, stats, rows, latents)
+                add_partial_stats(parts, stats, rows, latents, repeats)
             completes = latents.stop == H and decode.split == 1
             chunk_decode(
                 h,
@@ -130,18 +135,18 @@ def backward(
     """x̄ ``[N, d]``, W̄ ``[H, d]``, b̄_enc ``[H]`` (fp32), None where `needs` does not ask."""
     part = plan.backward
     assert part is not None and part.chunk is not None
-    kept = None if latent is None else latent.view(x.shape[0], weight.shape[0])
+    repeats = _repeats(part, x.shape[0], weight.shape[0])
     together = [one.kernel for one in part.passes].count("chunk_latent") == 1
     if together or not needs[0]:
-        return _sweep(grad_z, x, weight, bias_enc, grad_l1, grad_total, kept, plan, needs)
+        return _sweep(grad_z, x, weight, bias_enc, grad_l1, grad_total, latent, plan, needs, repeats)
 
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in _slices(x.shape[0], part.chunk[0]):
-        kept_rows, grad_l1_rows = (None if t is None else t[rows] for t in (kept, grad_l1))
+        kept_rows, grad_l1_rows = (None if t is None else t[rows] for t in (latent, grad_l1))
         operands = (grad_z[rows], x[rows], weight, bias_enc, grad_l1_rows, grad_total)
-        _sweep(*operands, kept_rows, plan, (True, False, False), grad_x=grad_x[rows])
+        _sweep(*operands, kept_rows, plan, (True, False, False), repeats, grad_x[rows])
     operands = (grad_z, x, weight, bias_enc, grad_l1, grad_total)
-    _, grad_weight, grad_bias = _sweep(*operands, kept, plan, (False, *needs[1:]))
+    _, grad_weight, grad_bias = _sweep(*operands, latent, plan, (False, *needs[1:]), repeats)
     return grad_x, grad_weight, grad_bias
 
 
@@ -155,6 +160,7 @@ def _sweep(
     kept: Tensor | None,
     plan: Plan,
     needs: tuple[bool, bool, bool],
+    repeats: Repeats | None,
     grad_x: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All chunks once; latents are the outer loop, so that W̄'s rows are complete one chunk after another."""
@@ -180,7 +186,6 @@ def _sweep(
     grad_weight = torch.empty((H, D), **like_x) if need_weight else None
     grad_bias = torch.empty(H, dtype=torch.float32, device=x.device) if need_bias else None
     sum_x = _Sum(grad_x, len(all_latents), decode_pass.split) if need_x and grad_x is not None and decode_pass else None
-    repeats: Repeats | None = {} if len(all_rows) * len(all_latents) > 1 else None
     for latents in all_latents:
         width = latents.stop - latents.start
         w = weight[latents]

@@ -7,6 +7,8 @@ added up after the launch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from tiedfused._backends.triton.combine import combine_blocks, sum_parts
 from tiedfused._backends.triton.grid import cdiv
+from tiedfused._backends.triton.launch import Grid, Repeats, launch
 from tiedfused.reference import LatentStats, stats_dtype
 
 
@@ -72,25 +75,26 @@ def add_parts_kernel(sums_ptr, counts_ptr, total_ptr, count_ptr, size, split, PA
     tl.store(count_ptr + offs, tl.load(count_ptr + offs, mask=mask) + count, mask=mask)
 
 
-def add_partial_stats(parts: LatentStats, stats: LatentStats, rows: slice, latents: slice) -> None:
-    """Add up the parts, and add them to the statistics of `rows` and `latents`."""
-    for sums, counts, total, count in (
-        (parts.l1, parts.l0, stats.l1[rows], stats.l0[rows]),
-        (parts.mean, parts.fired, stats.mean[latents], stats.fired[latents]),
-    ):
-        split, size = sums.shape
-        at_once, block = combine_blocks(split)
-        add_parts_kernel[(cdiv(size, block),)](
-            sums_ptr=sums,
-            counts_ptr=counts,
-            total_ptr=total,
-            count_ptr=count,
-            size=size,
-            split=split,
-            PARTS=at_once,
-            BLOCK=block,
-            num_warps=4,
-        )
+def add_partial_stats(
+    parts: LatentStats, stats: LatentStats, rows: slice, latents: slice, repeats: Repeats | None = None
+) -> None:
+    """Add up the parts, and add them to the statistics of `rows` and `latents`.
+
+    `repeats` is of the call that launches this for one chunk after another; or None.
+    """
+    _add_parts(parts.l1, parts.l0, stats.l1[rows], stats.l0[rows], repeats)
+    _add_parts(parts.mean, parts.fired, stats.mean[latents], stats.fired[latents], repeats)
+
+
+def _add_parts(sums: Tensor, counts: Tensor, total: Tensor, count: Tensor, repeats: Repeats | None) -> None:
+    """total += Σₛ sums[s] and count += Σₛ counts[s], in order."""
+    split, size = sums.shape
+    at_once, block = combine_blocks(split)
+
+    def arguments() -> tuple[Grid, dict[str, Any]]:
+        return (cdiv(size, block), 1), {"size": size, "split": split, "PARTS": at_once, "BLOCK": block, "num_warps": 4}
+
+    launch(add_parts_kernel, (sums, counts, total, count), arguments, repeats)
 
 
 def stats_of(h: Tensor) -> LatentStats:
