@@ -44,12 +44,17 @@ examples: $(EXAMPLES:%=example-%)  ## every example that docs/index.md lists, te
 example-%: setup  ## one of them: a table and a picture, under three minutes (EXAMPLE_ARGS)
 	$(PY) examples/$*.py $(EXAMPLE_ARGS)
 
-# Two processes, because Triton decides when it is imported whether it compiles or interprets its kernels.
+# Twice, because Triton decides when it is imported whether it compiles or interprets its kernels. Each time in a process
+# a core, where pytest-xdist is installed; eight at most, of 1 to 2 GB each. Where there is a GPU in one process: each
+# would hold some of its memory, of which tests of offsets past 2³¹ need 36 GiB. Where it has more: PYTEST_ARGS='-n 4'.
+PROCESSES := -n logical --maxprocesses 8 --dist worksteal
+
 test: setup  ## all tests and doctests; the gpu ones too where there is a GPU (PYTEST_ARGS)
 	@status=0; \
-	$(PY) -m pytest --ignore=tests/interpreter $(PYTEST_ARGS) || status=1; \
+	processes=$$($(PY) -c 'import torch, xdist; print("" if torch.cuda.is_available() else "$(PROCESSES)")' 2>/dev/null); \
+	$(PY) -m pytest --ignore=tests/interpreter $$processes $(PYTEST_ARGS) || status=1; \
 	if $(PY) -c 'import triton' 2>/dev/null; then \
-	  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter $(PYTEST_ARGS) || status=1; \
+	  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter $$processes $(PYTEST_ARGS) || status=1; \
 	else echo 'tests/interpreter not run: no Triton here'; fi; \
 	exit $$status
 

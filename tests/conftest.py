@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,17 @@ def _errors_of_the_gpu_belong_to_their_test(request: pytest.FixtureRequest) -> I
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpu_alone() -> Iterator[None]:
+    """GiBs of the GPU's memory are for one test at a time, whichever process that runs in."""
+    import fcntl
+
+    with Path(tempfile.gettempdir(), "tiedfused-whole-gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

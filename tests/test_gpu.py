@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,16 +214,9 @@ def test_warp_specialized(
 
 
 @pytest.fixture
-def whole_gpu() -> Iterator[None]:
-    """Most of the memory, for one test at a time, whichever process that runs in."""
-    import fcntl
-
-    with Path(tempfile.gettempdir(), "tiedfused-whole-gpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if torch.cuda.mem_get_info()[0] < 36 << 30:
-            pytest.skip("needs 36 GiB of free memory")
-        yield
-        torch.cuda.empty_cache()
+def whole_gpu(gpu_alone: None) -> None:
+    if torch.cuda.mem_get_info()[0] < 36 << 30:
+        pytest.skip("needs 36 GiB of free memory")
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:

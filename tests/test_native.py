@@ -562,7 +562,7 @@ def compiled_with_sanitizers(folder: Path, *sources: Path) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     empty, program = folder / "empty.cpp", folder / "program"
     empty.write_text("int main() {}")
     if subprocess.run([compiler, *flags, empty, "-o", program], capture_output=True, check=False).returncode:

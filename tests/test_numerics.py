@@ -154,7 +154,7 @@ def test_activations_on_gpu(regime: str, activation: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-def test_offsets_past_31_bits() -> None:
+def test_offsets_past_31_bits(gpu_alone: None) -> None:
     n, d, h = 2**31 // 64 + 100, 64, 16
     x = torch.randn(n, d, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(h, d, dtype=torch.bfloat16, device="cuda") / 8
